@@ -1,0 +1,348 @@
+"""The method, from a fitted model to a gap prediction that says whether it may be relied on.
+
+Read `audit` from top to bottom: (1) the model and its data as one problem B = S'J/sqrt(n);
+(2) the penalty D and the factorisation of G + D, G = B'B; (3) soft rank, TIC and leave-one-out
+from one object, the functional variance; (4) calibration on data the fit did not see; (5) the
+soft rank of the recalibrated model, where the decision list asks for it; (6) which estimate to
+believe, how far, and what to warn of. Source: arXiv 2506.17809; docs/method.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flataudit import estimates as estimators
+from flataudit.calibration import is_saturated
+from flataudit.curvature.problem import Problem, make_problem, predict
+from flataudit.display import build_display
+from flataudit.errors import InputError
+from flataudit.families import Family, make_family
+from flataudit.fitting import PenalisedFit, penalised_fit
+from flataudit.judgement import (
+    Unseen,
+    judge_calibration,
+    predicted_accuracy,
+    premise_test,
+    recalibration_scale,
+    to_numpy,
+)
+from flataudit.models.torch import PreparedModel, prepare
+from flataudit.penalty import PenaltyArgument
+from flataudit.results import (
+    AuditReport,
+    DataInfo,
+    Estimate,
+    Estimates,
+    Fit,
+    Gap,
+    HeldoutFit,
+    Interval,
+    ModelInfo,
+    Samples,
+)
+from flataudit.selection import (
+    Observations,
+    SelectionPolicy,
+    choose_confidence,
+    choose_estimator,
+    collect_warnings,
+    needs_recalibration,
+)
+from flataudit.solvers import SOLVERS, check_name
+from flataudit.tensors import as_pair, digest, resolve_device
+from flataudit.training import parse_training
+
+LEVEL = 0.90
+Z_LEVEL = 1.6448536269514722  # the normal's upper 5 % point: a 90 % interval
+
+
+def audit(
+    model: Any,
+    train: Any,
+    *,
+    heldout: Any = None,
+    family: str = "auto",
+    penalty: PenaltyArgument = "auto",
+    dispersion: float | str = "auto",
+    training: Mapping[str, Any] | str | Path | None = None,
+    curvature: str = "ggn",
+    solver: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    recalibrate: bool = False,
+    chunk_size: int | None = None,
+) -> AuditReport:
+    """Predicts a fitted model's generalization gap and says whether to rely on it.
+
+    With G = (1/n) sum J_i' Lambda_i J_i and J = mean NLL + theta'D theta/2, the estimates are, in
+    nats per example, soft rank: tr(G (G+D)^-1)/n; TIC: tr(C (G+D)^-1)/n; LOO: the mean rise of
+    l_i when sample i is left out; each with per-sample values.
+
+    Args:
+        model: A torch.nn.Module; a float64 copy in eval mode is audited, never the module itself.
+        train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first.
+        heldout: (x, y) never used in training or selection; judges calibration and shows the
+            observed gap. Without it leave-one-out probabilities judge calibration.
+        family: auto, categorical, bernoulli, gaussian or poisson (`flataudit.families`).
+        penalty: 'auto', the weight decay of the mean loss, or {parameter name: number} with 0
+            for unpenalised parameters.
+        dispersion: The Gaussian variance, or 'auto' for RSS/(n K - soft rank).
+        training: The training record (mapping, file or KEY=VALUE text; `flataudit.training`),
+            from which D = weight decay plus training time follows where `penalty` is 'auto'.
+        curvature: 'ggn', the generalized Gauss-Newton matrix.
+        solver: auto, primal or dual.
+        device: auto, cpu or cuda; the numbers are float64 on each.
+        seed: For the randomised parts of calibration; the estimates have none.
+        progress: Called with a short text as each stage starts.
+        recalibrate: Also compute the soft rank of the recalibrated model where not needed.
+        chunk_size: Samples per chunk; the default follows from memory. Changes no number.
+
+    Returns:
+        A frozen `AuditReport`; `report.to_dict()` is the contract's JSON.
+
+    Raises:
+        InputError: bad data or an unsupported model, in one line: expected, got, what to do.
+        MemoryPlanError: no exact solver fits; states the size before any work.
+        NumericalError: a factorisation broke down.
+
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.randn(300, 3, dtype=torch.float64)
+    >>> y = (x @ torch.ones(3, dtype=torch.float64) + torch.randn(300, dtype=torch.float64))
+    >>> line = torch.nn.Linear(3, 1).double()
+    >>> solution = torch.linalg.lstsq(torch.cat([x, torch.ones(300, 1)], 1), y[:, None]).solution
+    >>> with torch.no_grad():
+    ...     _ = line.weight.copy_(solution[:3].T), line.bias.copy_(solution[3])
+    >>> report = audit(line, (x, y), penalty=0.0)
+    >>> round(report.estimates.soft_rank.rank, 9)  # least squares: the number of parameters
+    4.0
+    """
+    say = progress or (lambda stage: None)
+    check_name(solver)
+    if curvature != "ggn":
+        raise InputError(f"unknown curvature {curvature!r}; choose one of: ggn")
+    record = None if training is None else parse_training(training)
+
+    # (1) The model at its weights and its data: B = S'J/sqrt(n), so that G = B'B.
+    say("reading model and data")
+    prepared, problem, sha = _problem(model, train, family, dispersion, device, chunk_size)
+    unseen = None if heldout is None else _unseen(heldout, prepared, problem)
+
+    # (2) The penalty D and the factorisation of G + D.
+    say("factorising the curvature")
+    fit = penalised_fit(
+        problem, penalty=penalty, record=record, dispersion=dispersion, solver=solver
+    )
+    problem, variance, likelihood = fit.problem, fit.variance, fit.problem.family
+    nll = likelihood.nll(problem.outputs, problem.y)
+
+    # (3) Three estimators, all from the functional variance A_i.
+    say("estimating the gap")
+    v = problem.factor.residual
+    leverage = estimators.soft_rank(variance)
+    energy = estimators.tic(variance, v)
+    left_out = estimators.loo(variance, v, likelihood, problem.outputs, problem.y)
+
+    # (4) Calibration on held-out data, else on the leave-one-out outputs; the premise test.
+    say("judging calibration")
+    judged = judge_calibration(fit, left_out, unseen, seed=seed)
+    calibration = judged.calibration
+    saturated = is_saturated(calibration.saturation)
+    linear = problem.is_linear()
+    premise = premise_test(fit, left_out)
+
+    # (5) The soft rank of the recalibrated model: a second factorisation, where it is needed.
+    recalibrated = None
+    if recalibrate or needs_recalibration(calibration, linear=linear, saturated=saturated):
+        say("recalibrating")
+        target = judged.loo_accuracy if judged.loo_accuracy is not None else calibration.accuracy
+        recalibrated = _recalibrated(fit, nll, target)
+    estimates = Estimates(
+        soft_rank=_estimate(nll, leverage, rank=float(leverage.sum())),
+        tic=_estimate(nll, energy, centred=estimators.centred_tic(variance, v)),
+        loo=None
+        if left_out is None
+        else _estimate(
+            nll,
+            left_out.psi,
+            accuracy=judged.loo_accuracy,
+            mean_confidence=judged.loo_confidence,
+        ),
+        soft_rank_recalibrated=recalibrated,
+    )
+
+    # (6) Which estimate to believe, how far, and what to warn of.
+    policy = SelectionPolicy()
+    estimator, reason = choose_estimator(
+        calibration,
+        linear=linear,
+        saturated=saturated,
+        has_loo=left_out is not None,
+        has_recalibrated=recalibrated is not None,
+    )
+    chosen: Estimate = getattr(estimates, estimator)
+    margin = Z_LEVEL * chosen.se
+    gap = Gap(
+        value=chosen.gap,
+        low=chosen.gap - margin,
+        high=chosen.gap + margin,
+        level=LEVEL,
+        estimator=estimator,
+        reason=reason,
+        lower_bound=problem.n_samples < policy.samples_per_rank * float(leverage.sum()),
+    )
+    train_nll = float(nll.mean())
+    sampling_error = math.sqrt(fit.moments.trace / problem.n_samples)
+    warnings = collect_warnings(
+        Observations(
+            calibration=calibration,
+            estimates=estimates,
+            premise=premise,
+            penalty=fit.penalty_info,
+            estimator=estimator,
+            saturated=saturated,
+            gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
+            max_leverage=float(torch.linalg.eigvalsh(variance.q).max()),
+            training_time=record is not None and record.optimizer != "converged",
+        ),
+        policy,
+    )
+    return AuditReport(
+        model=ModelInfo(n_params=problem.n_params, notes=prepared.notes),
+        data=DataInfo(
+            n_samples=problem.n_samples,
+            n_outputs=problem.n_outputs,
+            sha256=sha,
+            heldout_samples=None if unseen is None else len(unseen.y),
+        ),
+        family=likelihood.name,
+        dispersion=fit.dispersion,
+        penalty=fit.penalty_info,
+        train=Fit(train_nll, judged.train_accuracy),
+        heldout=_observed(unseen, likelihood, train_nll, calibration.accuracy),
+        calibration=calibration,
+        estimates=estimates,
+        premise=premise,
+        gap=gap,
+        predicted_test_nll=Interval(
+            value=train_nll + gap.value, low=train_nll + gap.low, high=train_nll + gap.high
+        ),
+        predicted_accuracy=predicted_accuracy(judged, Z_LEVEL),
+        confidence=choose_confidence(
+            calibration, penalty_source=fit.penalty_info.source, saturated=saturated
+        ),
+        warnings=warnings,
+        solver=fit.solver,
+        samples=Samples(
+            nll=to_numpy(nll),
+            leverage=to_numpy(leverage),
+            tic=to_numpy(energy),
+            loo=np.full(len(nll), np.nan) if left_out is None else to_numpy(left_out.psi),
+        ),
+        display=build_display(fit, judged, nll, leverage, energy, left_out),
+    )
+
+
+def _problem(
+    model: Any,
+    train: Any,
+    family: str,
+    dispersion: float | str,
+    device: str,
+    chunk_size: int | None,
+) -> tuple[PreparedModel, Problem, str]:
+    """The prepared copy, the problem at its weights, and the data's sha256."""
+    where = resolve_device(device)
+    x, y = as_pair(train, "train")
+    sha = digest(x, y)
+    prepared = prepare(model, x, where)
+    x = _placed(x, prepared.dtype, where)
+    n_outputs = predict(prepared.module, x[:2]).shape[1]
+    likelihood = make_family(family, y, n_outputs, _dispersion(dispersion))
+    y = likelihood.check(y, n_outputs).to(where)
+    return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size), sha
+
+
+def _unseen(heldout: Any, prepared: PreparedModel, problem: Problem) -> Unseen:
+    x, y = as_pair(heldout, "heldout")
+    x = _placed(x, prepared.dtype, problem.device)
+    if x.shape[1:] != problem.x.shape[1:]:
+        raise InputError(
+            f"expected heldout x of shape (m, {', '.join(map(str, problem.x.shape[1:]))}) as in"
+            f" training, got {tuple(x.shape)}; give the same features"
+        )
+    y = problem.family.check(y, problem.n_outputs).to(problem.device)
+    outputs = predict(prepared.module, x, chunk_size=problem.chunk_size)
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError(
+            "expected finite model outputs on the heldout data, got NaN or infinity; check x"
+        )
+    return Unseen(outputs, y)
+
+
+def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Estimate | None:
+    """Soft rank with Lambda at the logits scaled to the accuracy foreseen; D and J as they are."""
+    problem, family = fit.problem, fit.problem.family
+    if accuracy is None:
+        return None
+    scale = recalibration_scale(family, problem.outputs, accuracy)
+    if scale is None:
+        return None
+    factor = family.factor(problem.outputs * scale, problem.y)
+    variance = SOLVERS[fit.solver.name].solve(problem.with_factor(factor), fit.penalty)
+    leverage = estimators.soft_rank(variance)
+    return _estimate(nll, leverage, rank=float(leverage.sum()), scale=scale)
+
+
+def _estimate(nll: Tensor, psi: Tensor, **extra: float | None) -> Estimate:
+    """Gap mean(psi) with standard error sd(l + psi)/sqrt(n): that of the predicted test NLL."""
+    _, se = estimators.mean_and_se(nll + psi)
+    return Estimate(gap=float(psi.mean()), se=se, **extra)
+
+
+def _observed(
+    unseen: Unseen | None, family: Family, train_nll: float, accuracy: float | None
+) -> HeldoutFit | None:
+    """The gap seen on held-out data; its standard error takes the training NLL as given."""
+    if unseen is None:
+        return None
+    nll, se = estimators.mean_and_se(family.nll(unseen.outputs, unseen.y))
+    return HeldoutFit(nll=nll, accuracy=accuracy, gap=nll - train_nll, gap_se=se)
+
+
+def _placed(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def _dispersion(value: float | str) -> float:
+    if value == "auto":
+        return 1.0
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(
+            f"expected dispersion to be 'auto' or a number above 0, got {value!r}"
+        ) from None
+
+
+class _CallableModule(types.ModuleType):
+    """`flataudit.audit(...)` and `flataudit.audit.audit(...)` are the same function.
+
+    Importing this module binds it to the package's `audit`; without this the public function
+    would turn into a module after the first such import.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> AuditReport:
+        return audit(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,264 @@
+"""A fitted model and its data as one least-squares-like problem: B = S'J / sqrt(n).
+
+Row block i of B is S_i' J_i / sqrt(n), (K', P), so that G = B'B is the generalized Gauss-Newton
+matrix of the MEAN loss: n and the reduction are fixed here, once, and nowhere else.
+J_i = df_i/dtheta (K, P); Lambda_i = S_i S_i' (see `flataudit.families`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flataudit.errors import InputError
+from flataudit.families import Factor, Family
+
+# Working set of one chunk of samples: large enough for full-speed products, small beside the
+# matrices that the plan counts.
+CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """Everything a solver may ask of the model. Build it with `make_problem`.
+
+    outputs f (n, K) float64; factor: S (n, K, K') and v (n, K'); params: the trained tensors
+    (requires_grad) by name; `repeat` is the smallest batch the model accepts.
+    """
+
+    model: nn.Module
+    params: Mapping[str, Tensor]
+    x: Tensor
+    y: Tensor
+    family: Family
+    outputs: Tensor
+    factor: Factor
+    chunk_size: int | None = None
+    repeat: int = 1
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def n_outputs(self) -> int:
+        return self.outputs.shape[1]
+
+    @property
+    def n_columns(self) -> int:
+        """K', the columns of S: K - 1 for the categorical family, else K."""
+        return self.factor.residual.shape[1]
+
+    @property
+    def n_rows(self) -> int:
+        """N = n K', the rows of B."""
+        return self.n_samples * self.n_columns
+
+    @property
+    def n_params(self) -> int:
+        return sum(p.numel() for p in self.params.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.outputs.device
+
+    def with_factor(self, factor: Factor) -> Problem:
+        """The same model and data with another square root of the variance."""
+        return dataclasses.replace(self, factor=factor)
+
+    def with_family(self, family: Family) -> Problem:
+        """The same model and data under another family (a new dispersion)."""
+        return dataclasses.replace(self, family=family, factor=family.factor(self.outputs, self.y))
+
+    def subset(self, index: Sequence[int]) -> Problem:
+        """The samples at `index` alone, with B still divided by the square root of their number."""
+        at = torch.as_tensor(index, device=self.device)
+        factor = Factor(self.factor.root[at], self.factor.residual[at])
+        return dataclasses.replace(
+            self, x=self.x[at], y=self.y[at], outputs=self.outputs[at], factor=factor
+        )
+
+    def chunks(self, values_per_sample: int) -> Iterator[slice]:
+        """Slices of samples whose working set of float64 values stays near CHUNK_BYTES."""
+        size = self.chunk_size or max(1, CHUNK_BYTES // (8 * max(1, values_per_sample)))
+        for start in range(0, self.n_samples, size):
+            yield slice(start, min(start + size, self.n_samples))
+
+    def rows(self, at: slice, names: Sequence[str] | None = None) -> Tensor:
+        """Rows of B for the samples `at`, columns of the parameters `names` (all by default).
+
+        The Jacobian route: vector-Jacobian products with the columns of S, vmapped over samples;
+        sample by sample for a model that vmap cannot trace. Returns (c, K', P_names) float64.
+        """
+        chosen = {name: self.params[name] for name in (names or self.params)}
+        scale = self.n_samples**-0.5
+        # The root's own row stride matters to vmap: contiguous (c, K', K) cotangents.
+        cotangents = (self.factor.root[at] * scale).mT.contiguous()
+        return _vjp_rows(self, chosen, self.x[at], cotangents)
+
+    def gradient_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean and uncentred second moment of the per-sample NLL gradients g_i = J_i' r_i.
+
+        Returns two dicts of tensors with the parameters' shapes: (1/n) sum g_i and
+        (1/n) sum g_i^2 = diag(C), C the uncentred gradient covariance.
+        """
+        mean = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in self.params.items()}
+        second = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in self.params.items()}
+        residual = self.family.residual(self.outputs, self.y)
+        for at in self.chunks(2 * self.n_params):
+            rows = _vjp_rows(self, dict(self.params), self.x[at], residual[at][:, None, :])[:, 0]
+            start = 0
+            for name, p in self.params.items():
+                g = rows[:, start : start + p.numel()]
+                mean[name] += g.sum(dim=0).view_as(p)
+                second[name] += (g * g).sum(dim=0).view_as(p)
+                start += p.numel()
+        n = self.n_samples
+        return {k: t / n for k, t in mean.items()}, {k: t / n for k, t in second.items()}
+
+    def is_linear(self, seed: int = 0) -> bool:
+        """Whether f is affine in the parameters: f at a midpoint is the mean of f at the ends."""
+        generator = torch.Generator().manual_seed(seed)
+        x = self.x[: min(8, self.n_samples)]
+        other = {
+            k: p.detach()
+            + (1.0 + p.detach().abs().mean())
+            * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            for k, p in self.params.items()
+        }
+        middle = {k: (p.detach() + other[k]) / 2 for k, p in self.params.items()}
+        with torch.no_grad():
+            ends = evaluate(self.model, x) + evaluate(self.model, x, other)
+            halfway = 2 * evaluate(self.model, x, middle)
+        tolerance = 1e-9 if next(iter(self.params.values())).dtype == torch.float64 else 1e-4
+        return bool(torch.allclose(ends, halfway, rtol=tolerance, atol=tolerance))
+
+
+def make_problem(
+    model: nn.Module, x: Tensor, y: Tensor, family: Family, *, chunk_size: int | None = None
+) -> Problem:
+    """The problem at the model's current parameters; `model` is a prepared copy in eval mode.
+
+    Raises:
+        InputError: no trained parameters, outputs that are not finite, or outputs of one sample
+            that depend on the other samples of its batch.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise InputError(
+            "expected a model with trained parameters, got none with requires_grad=True;"
+            " flatness is undefined without parameters"
+        )
+    outputs = predict(model, x, chunk_size=chunk_size)
+    if not bool(torch.isfinite(outputs).all()):
+        bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
+        raise InputError(
+            f"expected finite model outputs, got NaN or infinity for {bad} of {len(outputs)}"
+            " samples; check the weights and the preprocessing of x"
+        )
+    repeat = _smallest_batch(model, x, outputs)
+    factor = family.factor(outputs, y)
+    return Problem(model, params, x, y, family, outputs, factor, chunk_size, repeat)
+
+
+def evaluate(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Model outputs as (n, K) float64, at other parameters where given."""
+    out = model(x) if params is None else torch.func.functional_call(model, dict(params), (x,))
+    if not isinstance(out, Tensor):
+        raise InputError(
+            f"expected one output tensor, got {type(out).__name__}; wrap the model so that it"
+            " returns its logits alone"
+        )
+    if out.shape[:1] != x.shape[:1]:
+        raise InputError(
+            f"expected one output row per sample, got shape {tuple(out.shape)} for"
+            f" {len(x)} samples; wrap the model so that samples come first"
+        )
+    return out.reshape(len(out), -1).to(torch.float64)
+
+
+def predict(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """Outputs (n, K) float64 in eval mode without gradients, chunk by chunk."""
+    size = chunk_size or 1024
+    starts = list(range(0, len(x), size))
+    # A model exported with a batch of at least two must not meet a last chunk of one sample.
+    if len(starts) > 1 and len(x) - starts[-1] == 1:
+        starts.pop()
+    ends = [*starts[1:], len(x)]
+    with torch.no_grad():
+        return torch.cat([evaluate(model, x[a:b]) for a, b in zip(starts, ends, strict=True)])
+
+
+def _smallest_batch(model: nn.Module, x: Tensor, outputs: Tensor) -> int:
+    """1, or 2 for an exported graph that refuses a batch of one; checks sample independence."""
+    repeat = 1
+    try:
+        with torch.no_grad():
+            alone = evaluate(model, x[:1])
+    except InputError:
+        raise
+    except Exception:  # an exported graph's guard may raise anything
+        repeat = 2
+        with torch.no_grad():
+            alone = evaluate(model, torch.cat([x[:1], x[:1]]))[:1]
+    scale = float(outputs.abs().max()) + 1.0
+    if float((alone[0] - outputs[0]).abs().max()) > 1e-4 * scale:
+        raise InputError(
+            "expected outputs that depend on their own sample alone, got outputs that change with"
+            " the batch; put batch statistics and attention across samples in eval mode"
+        )
+    return repeat
+
+
+def _vjp_rows(
+    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+) -> Tensor:
+    """cotangents (c, m, K) times each sample's Jacobian: (c, m, P_chosen) float64."""
+    leaves = {name: p.detach() for name, p in chosen.items()}
+    dtype = next(iter(leaves.values())).dtype
+
+    def outputs_of(x_i: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+        batch = x_i.unsqueeze(0).expand(problem.repeat, *x_i.shape)
+
+        def f(p: dict[str, Tensor]) -> Tensor:
+            out: Tensor = torch.func.functional_call(problem.model, p, (batch,))
+            return out[0].reshape(-1)
+
+        return f
+
+    def one(x_i: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        pull = torch.func.vjp(outputs_of(x_i), leaves)[1]
+        grads: tuple[dict[str, Tensor]] = torch.func.vmap(pull)(rows)
+        return grads[0]
+
+    cotangents = cotangents.to(dtype)
+    try:
+        pulled = torch.func.vmap(one)(x, cotangents)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError):
+        # Data-dependent control flow, recurrent kernels and the like: one sample at a time.
+        return torch.stack(
+            [_sample_rows(problem, chosen, x[i : i + 1], cotangents[i]) for i in range(len(x))]
+        )
+    flat = [pulled[name].reshape(*cotangents.shape[:2], -1) for name in leaves]
+    return torch.cat(flat, dim=2).to(torch.float64)
+
+
+def _sample_rows(
+    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+) -> Tensor:
+    """One sample's (m, P_chosen) by plain reverse mode."""
+    batch = x.expand(problem.repeat, *x.shape[1:])
+    out = problem.model(batch)[0].reshape(-1)
+    rows = []
+    for cotangent in cotangents:
+        grads = torch.autograd.grad(
+            out, list(chosen.values()), cotangent, retain_graph=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.reshape(-1).to(torch.float64) for g in grads]))
+    return torch.stack(rows)

@@ -1,0 +1,34 @@
+"""The errors a user can meet, each with the exit code of the command line.
+
+Every message is one line that says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FlatauditError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 3
+
+
+class InputError(FlatauditError, ValueError):
+    """The input is bad or the model is not supported: nothing was computed or written."""
+
+    exit_code = 2
+
+
+class NumericalError(FlatauditError, ArithmeticError):
+    """A factorisation failed although the input looked sound; the message lists likely causes."""
+
+
+class MemoryPlanError(InputError):
+    """The exact audit does not fit into memory; the message names the size and the alternatives."""
+
+
+class DeadlineError(FlatauditError):
+    """The audit ran past its deadline and was stopped."""
+
+
+class StoreError(FlatauditError):
+    """MLflow could not be read or written; an earlier verdict was left untouched."""

@@ -1,0 +1,211 @@
+"""The penalised curvature at the fitted weights: penalty, dispersion and factorisation together.
+
+They belong together because they can depend on each other: the dispersion of a Gaussian model is
+RSS/(n K - soft rank), weight decay on a squared loss is rescaled by the dispersion, and the
+evidence fixed point needs the soft rank at several penalties.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flataudit import penalty as penalties
+from flataudit.curvature.problem import Problem
+from flataudit.errors import InputError, NumericalError
+from flataudit.families import Gaussian
+from flataudit.penalty import GradientMoments, PenaltyArgument
+from flataudit.results import Dispersion, PenaltyInfo, SolverInfo
+from flataudit.solvers import SOLVERS, Choice, FunctionalVariance, choose
+from flataudit.solvers.base import EIGENVALUE_LIMIT
+from flataudit.training import TrainingRecord
+
+MAX_ROUNDS = 50
+ROUND_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PenalisedFit:
+    """The problem with its penalty, and the functional variance at it."""
+
+    problem: Problem
+    penalty: Mapping[str, Tensor]
+    variance: FunctionalVariance
+    moments: GradientMoments
+    penalty_info: PenaltyInfo
+    dispersion: Dispersion | None
+    solver: SolverInfo
+    remaining_gradient: float  # |gbar + D theta| with the objective's D, nats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Resolved:
+    total: Mapping[str, Tensor]
+    objective: Mapping[str, Tensor]
+    source: str
+
+
+def penalised_fit(
+    problem: Problem,
+    *,
+    penalty: PenaltyArgument,
+    record: TrainingRecord | None,
+    dispersion: float | str,
+    solver: str,
+) -> PenalisedFit:
+    """Resolves penalty and dispersion and factorises G + D.
+
+    penalty: 'auto', a number or numbers by parameter name; record: used where the penalty is
+    'auto'; dispersion: 'auto' or the Gaussian variance.
+    """
+    started = time.perf_counter()
+    gaussian = problem.family.name == "gaussian"
+    automatic = gaussian and dispersion == "auto"
+    if automatic:
+        problem = problem.with_family(Gaussian(_residual_variance(problem, 0.0)))
+    moments = GradientMoments(*problem.gradient_moments())
+    for _ in range(MAX_ROUNDS):
+        resolved = _resolve(problem, penalty, record, moments, solver)
+        choice = choose(solver, problem, resolved.total)
+        wants_spectrum = min(problem.n_params, problem.n_rows) <= EIGENVALUE_LIMIT
+        variance = SOLVERS[choice.name].solve(
+            problem, resolved.total, spectrum=wants_spectrum and not automatic
+        )
+        if not automatic:
+            break
+        before = problem.family.dispersion  # type: ignore[attr-defined]  # Gaussian, by `automatic`
+        rank = float(variance.q.diagonal(dim1=1, dim2=2).sum())
+        after = _residual_variance(problem, rank)
+        if abs(after - before) <= ROUND_TOLERANCE * before:
+            automatic = False  # one last round, with the spectrum
+            continue
+        moments = _rescaled(moments, before / after)
+        problem = problem.with_family(Gaussian(after))
+    else:
+        raise NumericalError(
+            "expected the dispersion RSS/(n - soft rank) to settle, got no fixed point in"
+            f" {MAX_ROUNDS} rounds; likely cause: a soft rank near n; give --dispersion"
+        )
+    residual = math.sqrt(
+        sum(
+            float((moments.mean[k] + resolved.objective[k] * p.detach()).square().sum())
+            for k, p in problem.params.items()
+        )
+    )
+    settled = None
+    if gaussian:
+        value = problem.family.dispersion  # type: ignore[attr-defined]  # Gaussian
+        settled = Dispersion(value, "residuals" if dispersion == "auto" else "argument")
+    return PenalisedFit(
+        problem,
+        resolved.total,
+        variance,
+        moments,
+        penalties.describe(
+            resolved.total,
+            resolved.source,
+            record if resolved.source == "training" else None,
+            penalties.stationarity(resolved.objective, problem, moments.mean),
+        ),
+        settled,
+        _solver_info(choice, problem, time.perf_counter() - started),
+        residual,
+    )
+
+
+def _resolve(
+    problem: Problem,
+    penalty: PenaltyArgument,
+    record: TrainingRecord | None,
+    moments: GradientMoments,
+    solver: str,
+) -> _Resolved:
+    if not (isinstance(penalty, str) and penalty == "auto"):
+        given = penalties.from_argument(penalty, problem.params)
+        return _Resolved(given, given, "argument")
+    if record is not None:
+        scale = _loss_scale(record, problem)
+        return _Resolved(*penalties.from_training(record, problem, moments, scale), "training")
+    value = _evidence(problem, solver)
+    found = penalties.from_argument(value, problem.params)
+    return _Resolved(found, found, "evidence")
+
+
+def _loss_scale(record: TrainingRecord, problem: Problem) -> float:
+    """c with training loss = c (mean NLL) + constant; torch's MSELoss is a Gaussian's default."""
+    dispersion = getattr(problem.family, "dispersion", None)
+    if dispersion is None:
+        if record.loss not in (None, "nll"):
+            raise InputError(
+                f"expected training loss nll for the {problem.family.name} family, got"
+                f" {record.loss}; mse and half_mse belong to family=gaussian"
+            )
+        return 1.0
+    loss = record.loss or "mse"
+    scales = {"nll": 1.0, "half_mse": dispersion, "mse": 2.0 * dispersion / problem.n_outputs}
+    return float(scales[loss])
+
+
+def _evidence(problem: Problem, solver: str) -> float:
+    """MacKay's lambda; from one spectrum where that is affordable, else one solve per trial."""
+    ones: dict[str, Tensor] = {
+        name: torch.ones_like(p.detach(), dtype=torch.float64) for name, p in problem.params.items()
+    }
+    limit = min(problem.n_params, problem.n_rows)
+    chosen = SOLVERS[choose(solver, problem, ones).name]
+    if limit <= EIGENVALUE_LIMIT:
+        ratios = chosen.solve(problem, ones, spectrum=True).ratios
+        assert ratios is not None
+        eigenvalues = ratios.cpu().numpy()
+
+        def from_spectrum(value: float) -> float:
+            return float(np.sum(eigenvalues / (eigenvalues + value)))
+
+        return penalties.evidence(from_spectrum, limit, problem.params, problem.n_samples)
+
+    def from_solve(value: float) -> float:
+        scaled = {name: value * d for name, d in ones.items()}
+        q = chosen.solve(problem, scaled).q
+        return float(q.diagonal(dim1=1, dim2=2).sum())
+
+    return penalties.evidence(from_solve, limit, problem.params, problem.n_samples, tolerance=0.02)
+
+
+def _residual_variance(problem: Problem, rank: float) -> float:
+    rss = float((problem.outputs - problem.y).square().sum())
+    freedom = problem.n_samples * problem.n_outputs - rank
+    if rss <= 0 or freedom <= 0:
+        raise InputError(
+            "expected residuals to estimate the dispersion from, got a model that interpolates its"
+            " training targets; give --dispersion"
+        )
+    return rss / freedom
+
+
+def _rescaled(moments: GradientMoments, ratio: float) -> GradientMoments:
+    """The moments of the gradients times `ratio`: a new dispersion."""
+    return GradientMoments(
+        {k: t * ratio for k, t in moments.mean.items()},
+        {k: t * ratio**2 for k, t in moments.second.items()},
+    )
+
+
+def _solver_info(choice: Choice, problem: Problem, seconds: float) -> SolverInfo:
+    dtype: Any = next(iter(problem.params.values())).dtype
+    name = str(dtype).removeprefix("torch.")
+    return SolverInfo(
+        name=choice.name,
+        exact=SOLVERS[choice.name].exact,
+        reason=choice.reason,
+        device=problem.device.type,
+        dtype="float64" if name == "float64" else f"{name} model, float64 accumulation",
+        seconds=seconds,
+        peak_bytes=choice.peak_bytes,
+    )

@@ -1,0 +1,270 @@
+"""What an audit returns: frozen dataclasses and their JSON.
+
+Units are nats per example throughout; `None` stands for what does not exist and becomes null.
+A non-finite number is never a result: `AuditReport.to_dict` turns it into null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA = 1
+
+FamilyName = Literal["categorical", "bernoulli", "gaussian", "poisson"]
+Evidence = Literal["heldout", "loo", "train"]
+Verdict = Literal[
+    "calibrated", "within_tolerance", "not_shown", "miscalibrated", "insufficient", "unknown"
+]
+Direction = Literal["over", "under", "mixed", "none"]
+Severity = Literal["none", "info", "warn", "high", "critical"]
+EstimatorName = Literal["soft_rank", "tic", "loo", "soft_rank_recalibrated"]
+ConfidenceLevel = Literal["ok", "low", "refused"]
+
+SEVERITIES: tuple[Severity, ...] = ("none", "info", "warn", "high", "critical")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditWarning:
+    """One reason for care: a stable `code`, a severity and a sentence with its remedy."""
+
+    code: str
+    severity: Severity
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One estimator's gap (nats per example) and standard error sd(l + psi)/sqrt(n), ddof 1.
+
+    `rank` is the soft rank where the estimator has one; `scale` the factor on the logits of the
+    recalibrated model; `accuracy` and `mean_confidence` come from leave-one-out logits;
+    `centred` is TIC with the mean gradient's outer product removed.
+    """
+
+    gap: float
+    se: float
+    rank: float | None = None
+    scale: float | None = None
+    accuracy: float | None = None
+    mean_confidence: float | None = None
+    centred: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """All estimators side by side; `loo` is None where a leave-one-out step is not finite."""
+
+    soft_rank: Estimate
+    tic: Estimate
+    loo: Estimate | None = None
+    soft_rank_recalibrated: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Calibration metrics, tests and the verdict drawn from them.
+
+    `slope` is the factor on the log probabilities that fits the labels best (below 1:
+    over-confident); `confidence_gap` is mean(top-label confidence - hit) (above 0:
+    over-confident). Intervals are the ones that decide the direction. `ece`, `mce` and `ace` are
+    None without netcal and for regression.
+    """
+
+    evidence: Evidence
+    n: int
+    verdict: Verdict
+    direction: Direction
+    severity: Severity
+    ece: float | None = None
+    ece_if_calibrated: float | None = None
+    mce: float | None = None
+    ace: float | None = None
+    mean_confidence: float | None = None
+    accuracy: float | None = None
+    slope: float | None = None
+    slope_ci: tuple[float, float] | None = None
+    confidence_gap: float | None = None
+    confidence_gap_ci: tuple[float, float] | None = None
+    p_values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    saturation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Premise:
+    """Information-matrix equality: ratio = sum r'Ar / sum h and its paired z-test."""
+
+    information_ratio: float
+    z: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The gap to act on: value and interval in nats per example, and why this estimator."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    estimator: EstimatorName
+    reason: str
+    lower_bound: bool = False  # n / soft rank below 10: the interval is too narrow
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its interval at the gap's level."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model was audited; the registry's fields are None for a model given in Python."""
+
+    n_params: int
+    uri: str | None = None
+    name: str | None = None
+    version: str | None = None
+    model_id: str | None = None
+    flavor: str | None = None
+    notes: tuple[str, ...] = ()  # what was assumed about the model's outputs and dtype
+
+
+@dataclass(frozen=True, slots=True)
+class DataInfo:
+    """The training data the estimates are computed on; sha256 of dtype, shape and bytes."""
+
+    n_samples: int
+    n_outputs: int
+    sha256: str
+    heldout_samples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dispersion:
+    """The Gaussian family's variance and where it came from."""
+
+    value: float
+    source: Literal["argument", "residuals"]
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyInfo:
+    """The penalty D of J = mean NLL + theta'D theta/2, and where it came from.
+
+    `value` is None where D differs by parameter (then `low` and `high` give its range over
+    penalised parameters); `stationarity` is |grad + D theta|/|grad| with the objective's own D.
+    """
+
+    value: float | None
+    free_params: int
+    source: Literal["argument", "estimator", "training", "evidence"]
+    training: Mapping[str, Any] | None
+    stationarity: float | None
+    low: float | None = None
+    high: float | None = None
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Mean NLL (nats per example, constants included) and accuracy (None for regression)."""
+
+    nll: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutFit:
+    """Loss on held-out data and the observed gap with its standard error."""
+
+    nll: float
+    accuracy: float | None
+    gap: float
+    gap_se: float
+
+
+@dataclass(frozen=True, slots=True)
+class SolverInfo:
+    """How the curvature was factorised."""
+
+    name: str
+    exact: bool
+    reason: str
+    device: str
+    dtype: str
+    seconds: float
+    peak_bytes: int  # planned peak of the solver's own arrays, stated before the work
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Per-sample contributions, each (n,) float64; their mean is the gap by that estimator."""
+
+    nll: NDArray[np.float64]
+    leverage: NDArray[np.float64]
+    tic: NDArray[np.float64]
+    loo: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The whole answer. `to_dict()` is the JSON of the contract; `display` feeds the figures.
+
+    `display` holds plain JSON values only (reliability bins, spectrum, influential samples).
+    """
+
+    model: ModelInfo
+    data: DataInfo
+    family: FamilyName
+    dispersion: Dispersion | None
+    penalty: PenaltyInfo
+    train: Fit
+    heldout: HeldoutFit | None
+    calibration: Calibration
+    estimates: Estimates
+    premise: Premise | None
+    gap: Gap
+    predicted_test_nll: Interval
+    predicted_accuracy: Interval | None
+    confidence: ConfidenceLevel
+    warnings: tuple[AuditWarning, ...]
+    solver: SolverInfo
+    samples: Samples = dataclasses.field(repr=False)
+    display: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values: numbers are float64 or null, never NaN or inf.
+
+        Returns:
+            A dict that `json.dumps(..., allow_nan=False)` accepts, with the keys of the contract.
+        """
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("samples", "display"))
+        return {"schema": SCHEMA} | {name: to_json(getattr(self, name)) for name in fields}
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values from dataclasses, arrays and numpy scalars; non-finite becomes None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return to_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        return to_json(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

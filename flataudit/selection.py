@@ -1,0 +1,240 @@
+"""Which estimate to believe, how far, and what to warn of: pure functions of numbers.
+
+The order of `choose_estimator` is the method's decision list; its evidence is in
+docs/decisions/0002-selection.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flataudit.results import (
+    AuditWarning,
+    Calibration,
+    ConfidenceLevel,
+    Estimates,
+    EstimatorName,
+    PenaltyInfo,
+    Premise,
+    Severity,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPolicy:
+    """Thresholds of the warnings; each is a ratio or a p-value, none depends on a data set."""
+
+    stationarity: float = 0.1  # |grad + D theta| / |grad|
+    gradient_noise: float = 0.1  # |grad + D theta| in units of its sampling error sqrt(trC/n)
+    premise_ratio: float = 1.5  # information ratio beyond this factor either way ...
+    premise_z: float = 2.5758  # ... and significant at 1 %
+    disagreement: float = 2.0  # largest over smallest of soft rank, TIC and LOO
+    leverage: float = 0.9  # largest eigenvalue of some Q_i
+    samples_per_rank: float = 10.0  # n / soft rank below: the interval is a lower bound
+
+
+def choose_estimator(
+    calibration: Calibration,
+    *,
+    linear: bool,
+    saturated: bool,
+    has_loo: bool,
+    has_recalibrated: bool,
+) -> tuple[EstimatorName, str]:
+    """The estimator and one sentence why, first rule that applies.
+
+    too few samples -> LOO; calibrated or within tolerance -> soft rank; under-confident -> TIC;
+    linear in the parameters -> LOO; over-confident, mixed or saturated -> soft rank of the
+    recalibrated model; not shown -> LOO. Where the wanted one does not exist, the next best
+    stands in and the sentence says so.
+    """
+    verdict, direction = calibration.verdict, calibration.direction
+    wanted: EstimatorName
+    if verdict == "insufficient":
+        wanted, why = "loo", "too few samples or errors to judge calibration"
+    elif verdict in ("calibrated", "within_tolerance"):
+        how = "calibrated" if verdict == "calibrated" else "calibrated within tolerance"
+        wanted, why = "soft_rank", f"the model is {how}, so soft rank / n is the expected gap"
+    elif direction == "under":
+        wanted, why = "tic", "the model is under-confident, so TIC takes the soft rank's place"
+    elif linear:
+        wanted, why = "loo", "the model is linear in its parameters, where leave-one-out is best"
+    elif direction in ("over", "mixed") or saturated:
+        kind = {"over": "over-confident", "mixed": "over- and under-confident"}.get(
+            direction, "saturated on its training data"
+        )
+        wanted, why = "soft_rank_recalibrated", f"the model is {kind}, so it is recalibrated first"
+    elif verdict == "miscalibrated":
+        wanted = "soft_rank_recalibrated"
+        why = "the model is miscalibrated without a direction, so it is recalibrated first"
+    else:
+        wanted, why = "loo", "calibration is not shown either way"
+    if wanted == "soft_rank_recalibrated" and not has_recalibrated:
+        wanted, why = "loo", why.rsplit(",", 1)[0] + "; recalibration is undefined here"
+    if wanted == "loo" and not has_loo:
+        return "soft_rank", f"{why}; leave-one-out does not exist here, the soft rank stands in"
+    return wanted, why
+
+
+def needs_recalibration(calibration: Calibration, *, linear: bool, saturated: bool) -> bool:
+    """Whether the decision list asks for the second factorisation."""
+    name, _ = choose_estimator(
+        calibration, linear=linear, saturated=saturated, has_loo=True, has_recalibrated=True
+    )
+    return name == "soft_rank_recalibrated"
+
+
+def choose_confidence(
+    calibration: Calibration, *, penalty_source: str, saturated: bool
+) -> ConfidenceLevel:
+    """May the prediction be relied on: ok, low or refused, by the contract's rule."""
+    doubtful = calibration.direction in ("over", "mixed") or saturated
+    if penalty_source == "evidence":
+        return "refused" if doubtful else "low"
+    return "low" if doubtful or calibration.verdict == "unknown" else "ok"
+
+
+@dataclass(frozen=True, slots=True)
+class Observations:
+    """The numbers that the warnings look at."""
+
+    calibration: Calibration
+    estimates: Estimates
+    premise: Premise | None
+    penalty: PenaltyInfo
+    estimator: EstimatorName
+    saturated: bool
+    gradient_noise: float  # |grad + D theta| / sqrt(trC / n)
+    max_leverage: float  # largest eigenvalue of any Q_i
+    training_time: bool  # D holds a finite training time
+
+
+def collect_warnings(
+    seen: Observations, policy: SelectionPolicy | None = None
+) -> tuple[AuditWarning, ...]:
+    """All warnings that apply, the gravest first."""
+    policy = policy or SelectionPolicy()
+    found = [
+        *_calibration_warnings(seen),
+        *_penalty_warnings(seen, policy),
+        *_estimate_warnings(seen, policy),
+    ]
+    order: tuple[Severity, ...] = ("critical", "high", "warn", "info", "none")
+    return tuple(sorted(found, key=lambda w: order.index(w.severity)))
+
+
+def _calibration_warnings(seen: Observations) -> list[AuditWarning]:
+    c = seen.calibration
+    found = []
+    if c.direction in ("over", "mixed"):
+        severity: Severity = "info" if c.severity == "none" else c.severity
+        gap = "" if c.confidence_gap is None else f" by {c.confidence_gap:.3f} on average"
+        found.append(
+            AuditWarning(
+                "overconfident",
+                severity,
+                f"the model is over-confident{gap}: its confidence exceeds its accuracy, so the"
+                " curvature estimates are less certain; recalibrate it or train it for less long",
+            )
+        )
+    if c.direction in ("under", "mixed"):
+        found.append(
+            AuditWarning(
+                "underconfident",
+                "info",
+                "the model is under-confident: it is right more often than it claims; the soft"
+                " rank would be too large, TIC is used where the decision list says so",
+            )
+        )
+    if seen.saturated:
+        found.append(
+            AuditWarning(
+                "train_saturated",
+                "critical",
+                "the model fits its training data almost perfectly"
+                f" ({', '.join(c.saturation)}): the gradients have vanished and flatness says"
+                " little; judge it on held-out data",
+            )
+        )
+    if c.verdict == "insufficient":
+        found.append(
+            AuditWarning(
+                "few_calibration_samples",
+                "warn",
+                f"calibration cannot be judged from {c.n} samples (at least 200 with 10 errors"
+                " are needed); give --heldout data or more training samples",
+            )
+        )
+    return found
+
+
+def _penalty_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWarning]:
+    p = seen.penalty
+    found = []
+    if p.source == "evidence":
+        found.append(
+            AuditWarning(
+                "penalty_unknown",
+                "high",
+                "no penalty and no training record were given: the evidence fixed point stands in"
+                " and the estimates of an early-stopped network come out too large, often by a"
+                " factor of 2 to 4; give --training or --penalty",
+            )
+        )
+    moved = p.stationarity is not None and p.stationarity > policy.stationarity
+    if moved and seen.gradient_noise > policy.gradient_noise:
+        expected = " as its training record says" if seen.training_time else ""
+        found.append(
+            AuditWarning(
+                "not_at_minimum",
+                "info" if seen.training_time else "warn",
+                f"the weights are not at a minimum of the penalised loss{expected} (stationarity"
+                f" residual {p.stationarity:.2g}); "
+                + (
+                    "the training time in the penalty accounts for it"
+                    if seen.training_time
+                    else "check the penalty, or give the training record with --training"
+                ),
+            )
+        )
+    return found
+
+
+def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWarning]:
+    found = []
+    premise = seen.premise
+    if premise is not None:
+        off = max(premise.information_ratio, 1.0 / max(premise.information_ratio, 1e-300))
+        if off > policy.premise_ratio and abs(premise.z) > policy.premise_z:
+            side = "larger" if premise.information_ratio > 1 else "smaller"
+            found.append(
+                AuditWarning(
+                    "premise_violated",
+                    "warn" if seen.estimator == "soft_rank" else "info",
+                    f"errors weighted by curvature are {side} than the model's own variance"
+                    f" (information ratio {premise.information_ratio:.2f}): the premise of the"
+                    " soft rank does not hold; compare it with LOO before relying on it",
+                )
+            )
+    gaps = [e.gap for e in (seen.estimates.soft_rank, seen.estimates.tic, seen.estimates.loo) if e]
+    spread = max(gaps) / min(gaps) if min(gaps) > 0 else math.inf
+    if spread > policy.disagreement:
+        found.append(
+            AuditWarning(
+                "estimators_disagree",
+                "warn" if seen.estimator == "soft_rank" else "info",
+                f"soft rank, TIC and LOO range over {min(gaps):.3g} to {max(gaps):.3g} nats;"
+                " read the reason for the one chosen before acting on it",
+            )
+        )
+    if seen.max_leverage > policy.leverage or seen.estimates.loo is None:
+        found.append(
+            AuditWarning(
+                "high_leverage",
+                "warn" if seen.estimator == "loo" or seen.estimates.loo is None else "info",
+                f"some samples determine their own prediction (leverage {seen.max_leverage:.3f} of"
+                " 1): leave-one-out extrapolates there; look at the influence table",
+            )
+        )
+    return found

@@ -1,0 +1,64 @@
+"""What every solver returns and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flataudit.curvature.problem import Problem
+
+Penalty = Mapping[str, Tensor]  # D by parameter name, the parameter's shape
+
+EIGENVALUE_LIMIT = 4000  # a spectrum costs about 14 Choleskys; above this size it is left out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FunctionalVariance:
+    """A_i = (1/n) J_i (G + D)^-1 J_i', whitened: Q_i = S_i' A_i S_i.
+
+    q: Q_i (n, K', K'); complement: I - Q_i, computed without cancellation where the solver can;
+    mean_gradient: gbar'(G + D)^-1 gbar, gbar = (1/n) sum J_i' r_i; trace_ggn: tr(G);
+    ratios: eigenvalues of D^-1/2 G D^-1/2 over the penalised parameters, descending, or None.
+    """
+
+    q: Tensor
+    complement: Tensor
+    mean_gradient: float
+    trace_ggn: float
+    ratios: Tensor | None = None
+
+
+class Solver(Protocol):
+    """One strategy: `plan` states the peak memory, `solve` does the work."""
+
+    name: str
+    exact: bool
+
+    def plan(self, problem: Problem, penalty: Penalty) -> int:
+        """Peak bytes of the solver's own arrays, before any is allocated."""
+        ...
+
+    def solve(
+        self, problem: Problem, penalty: Penalty, *, spectrum: bool = False
+    ) -> FunctionalVariance:
+        """The functional variance; NumericalError where a factorisation breaks down."""
+        ...
+
+
+def pseudo_inverse_root(c: Tensor) -> Tensor:
+    """C^(+1/2) of a symmetric positive semi-definite matrix, (m, rank).
+
+    The free directions can hold a null space (softmax's class shift is one): eigenvalues below
+    m * eps * max are zero in exact arithmetic and are left out.
+    """
+    if not len(c):
+        return c
+    values, vectors = torch.linalg.eigh(c)
+    floor = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
+    keep = values > 8 * floor
+    root: Tensor = vectors[:, keep] * values[keep].rsqrt()
+    return root
