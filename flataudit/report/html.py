@@ -1,0 +1,388 @@
+"""The report as one self-contained HTML page: inline style and SVG, no script, no network.
+
+`render` turns the report into strings here and lays them out in `template.html.j2`, which
+escapes everything: names, labels and messages come from others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from flataudit.report import figures, words
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TEMPLATE = "template.html.j2"
+INFLUENCE_SHOWN = 12  # rows in sight; the rest are folded away
+INFLUENCE_MAX = 50
+
+_SEVERITY_WORDS = {"info": "for information", "warn": "warning"}
+_VERDICT_LEADS = {
+    "pass": "Nothing stands against using this prediction.",
+    "warn": "Usable with care. First:",
+    "look": "Usable, but look at this first:",
+    "fail": "Do not decide on this prediction. First:",
+}
+_TRAINING_KEYS = {
+    "optimizer": "Optimizer",
+    "sum_lr": "Sum of learning rates",
+    "momentum": "Momentum",
+    "batch_size": "Batch size",
+    "weight_decay": "Weight decay",
+}
+
+
+def render(report: dict[str, Any], display: dict[str, Any]) -> str:
+    """The page for a report.
+
+    Args:
+        report: `AuditReport.to_dict()`, or the same read back from JSON.
+        display: `AuditReport.display`: reliability bins, spectrum, influential samples.
+
+    Returns:
+        A complete HTML document, well under 1 MB.
+    """
+    from markupsafe import Markup
+
+    # The SVGs are ours and escape what they are given, hence Markup.
+    bins = (display.get("reliability") or {}).get("bins")
+    spectrum = display.get("spectrum") or {}
+    drawn = spectrum.get("ratios") or spectrum.get("leverage")
+    label, reasons = words.reliance(report)
+    verdict = words.verdict(report)
+    look = verdict == "warn" and report["confidence"] == "ok"
+    look = look or (verdict == "pass" and words.contradicted(report))
+    return _template().render(
+        r=report,
+        w=words,
+        verdict=verdict,
+        lead=_VERDICT_LEADS["look" if look else verdict],
+        steps=_steps(report),
+        reliance={"label": label, "reasons": reasons},
+        title=model_title(report),
+        loss_rows=_loss_rows(report),
+        estimators=_estimator_rows(report),
+        calibration=_calibration_rows(report),
+        premise=_premise_rows(report),
+        penalty=_penalty_rows(report),
+        identity=_identity_rows(report),
+        solver=_solver_rows(report),
+        warnings=_warning_rows(report),
+        influence=_influence_rows(report, display),
+        shown=INFLUENCE_SHOWN,
+        reliability=Markup(figures.reliability_svg(report, display)) if bins else None,
+        spectrum=Markup(figures.spectrum_svg(report, display)) if drawn else None,
+        has_ratios=bool(spectrum.get("ratios")),
+        no_ratios=spectrum.get("reason"),
+    )
+
+
+def model_title(report: Mapping[str, Any]) -> str:
+    """The model's name for a heading: "churn, version 3", its URI, or what else is known."""
+    model = report["model"]
+    if model["name"]:
+        return str(model["name"]) + (f", version {model['version']}" if model["version"] else "")
+    return str(model["uri"] or model["model_id"] or "Model given in Python")
+
+
+@cache
+def _template() -> Template:
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["num"] = _num
+    environment.filters["minus"] = _minus
+    environment.filters["flags"] = _flags
+    source = files("flataudit.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _num(value: Any, digits: int = 3) -> str:
+    return _minus(words.number(value, digits))
+
+
+def _flags(text: str) -> Any:
+    """Text with command-line options set as code; everything else is escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(--[a-z]+( hessian| ggn)?)", r"<code>\1</code>", str(escape(text))))
+
+
+def _steps(report: dict[str, Any]) -> list[str]:
+    """Up to three things to do, from the warnings above info; what a pass means otherwise."""
+    found = [words.first_step(w["code"]) for w in words.sorted_warnings(report) if _above_info(w)]
+    if words.contradicted(report):
+        found.insert(0, "Trust the measurement: it contradicts the prediction. Check that both "
+                        "data sets were drawn the same way.")  # fmt: skip
+    if found:
+        return found[:3]
+    if words.verdict(report) == "pass":
+        return ["Expect this loss on new data drawn like the training data; drift is not covered."]
+    if report["penalty"]["source"] == "evidence":
+        return [words.first_step("penalty_unknown")]
+    return ["Confirm the prediction on held-out data (--heldout)."]
+
+
+def _above_info(warning: Mapping[str, Any]) -> bool:
+    return warning["severity"] not in ("none", "info")
+
+
+def _scale(values: Iterable[float | None]) -> tuple[float, float]:
+    """Axis limits around all finite values, with a margin of 6 % on both sides."""
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _mark(
+    limits: tuple[float, float], value: float | None, low: float | None, high: float | None
+) -> dict[str, str | None] | None:
+    """Places of a dot and its whisker on an axis, in per cent of the width."""
+    if value is None:
+        return None
+    start, end = limits
+
+    def place(x: float | None) -> str | None:
+        return None if x is None else f"{100 * (x - start) / (end - start):.2f}%"
+
+    return {"at": place(value), "low": place(low), "high": place(high), "zero": place(0.0)}
+
+
+def _loss_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Training, predicted and measured loss on one axis."""
+    train, test, heldout = report["train"], report["predicted_test_nll"], report["heldout"]
+    limits = _scale([train["nll"], test["value"], test["low"], test["high"],
+                     heldout["nll"] if heldout else None])  # fmt: skip
+    text = words.interval(test["value"], test["low"], test["high"])
+    rows = [
+        _loss_row("Training data", "train", _mark(limits, train["nll"], None, None),
+                  words.interval(train["nll"], None, None)),
+        _loss_row("Unseen data, predicted", "test",
+                  _mark(limits, test["value"], test["low"], test["high"]), text),
+    ]  # fmt: skip
+    if heldout:
+        mark = _mark(limits, heldout["nll"], None, None)
+        text = words.interval(heldout["nll"], None, None)
+        rows.append(_loss_row("Held-out data, measured", "seen", mark, text))
+    return rows
+
+
+def _loss_row(name: str, kind: str, mark: Any, text: str) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "mark": mark, "text": _minus(text)}
+
+
+def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every estimator with gap, standard error and interval gap +- z se; the observed gap last."""
+    z = NormalDist().inv_cdf(0.5 + report["gap"]["level"] / 2)
+    rows = [
+        {"code": code, "name": name, "what": what, "used": report["gap"]["estimator"] == code,
+         **_estimate(report["estimates"].get(code), z)}
+        for code, (name, what) in words.ESTIMATORS.items()
+    ]  # fmt: skip
+    heldout = report["heldout"]
+    if heldout:
+        seen = _estimate({"gap": heldout["gap"], "se": heldout["gap_se"]}, z)
+        n = words.number(report["data"]["heldout_samples"])
+        what = f"measured on {n} held-out samples"
+        rows.append({"code": "", "name": "Observed", "what": what, "used": False, **seen})
+    limits = _scale([0.0, *(row[key] for row in rows for key in ("gap", "low", "high"))])
+    for row in rows:
+        row["mark"] = _mark(limits, row["gap"], row["low"], row["high"])
+        if row["gap"] is None:
+            row["note"] = _missing_estimate(row["code"])
+        elif row["se"] is None:
+            row["note"] = ", ".join([*filter(None, [row["note"]]), "no standard error available"])
+    return rows
+
+
+def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
+    gap, se = (found["gap"], found["se"]) if found else (None, None)
+    half = None if gap is None or se is None else z * se
+    notes = []
+    if found and found.get("rank") is not None:
+        notes.append(f"soft rank {words.number(found['rank'], 1)}")
+    if found and found.get("scale") is not None:
+        notes.append(f"logits times {words.number(found['scale'])}")
+    if found and found.get("centred") is not None:
+        notes.append(f"{words.number(found['centred'], 4)} with the mean gradient removed")
+    if found and found.get("accuracy") is not None:
+        notes.append(f"accuracy {words.percent(found['accuracy'])}")
+    return {"gap": gap, "se": se, "low": None if half is None else gap - half,
+            "high": None if half is None else gap + half, "note": ", ".join(notes)}  # fmt: skip
+
+
+def _missing_estimate(code: str) -> str:
+    if code == "loo":
+        return "not available: a leave-one-out step is not finite"
+    return "not computed for this model" if code else "not available"
+
+
+def _row(name: str, value: str, note: str = "") -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _minus(text: str) -> str:
+    """Numbers with a typographic minus sign; the exponent of 2e-05 keeps its hyphen."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def _short(value: Any) -> str:
+    """A number to four significant digits: 0.00121, 900, 2.1e-06."""
+    return words.number(value) if value is None or abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _calibration_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    cal = report["calibration"]
+    p_values = cal["p_values"] or {}
+    regression = not words.classifies(dict(report))
+    missing = "not defined for regression" if regression else "not computed (needs netcal)"
+    rows = [
+        _row("Judged on", words.EVIDENCE[cal["evidence"]], f"{words.number(cal['n'])} samples"),
+        _row("Verdict", cal["verdict"].replace("_", " "),
+             f"direction: {cal['direction']}, severity: {cal['severity']}"),
+    ]  # fmt: skip
+    if not regression:
+        gap, slope = cal["confidence_gap"], cal["slope"]
+        ends = cal["confidence_gap_ci"] or (None, None)
+        note = "" if gap is not None else "not available"
+        rows += [
+            _row("Mean confidence", words.percent(cal["mean_confidence"]),
+                 _why(cal["mean_confidence"], "not available")),
+            _row("Accuracy", words.percent(cal["accuracy"]),
+                 _why(cal["accuracy"], "not available")),
+            _row("Confidence minus accuracy", _minus(words.interval(gap, *ends)),
+                 note or "above 0: over-confident"),
+            _row("Slope", words.interval(slope, *(cal["slope_ci"] or (None, None))),
+                 _why(slope, "not available") or "on log p; below 1: over-confident"),
+        ]  # fmt: skip
+        expected = words.number(cal["ece_if_calibrated"])
+        against = f"a calibrated model of this size would show {expected}"
+        against = against if cal["ece_if_calibrated"] is not None else "no reference available"
+        rows += [
+            _row("ECE", words.number(cal["ece"]), _why(cal["ece"], missing) or against),
+            _row("MCE", words.number(cal["mce"]), _why(cal["mce"], missing) or "largest bin"),
+            _row("ACE", words.number(cal["ace"]),
+                 _why(cal["ace"], missing) or "bins of equal size"),
+        ]  # fmt: skip
+    for name, p in p_values.items():
+        rows.append(_row(f"p value, {name}", p_text(p), _why(p, "not available")))
+    return rows
+
+
+def p_text(p: float | None) -> str:
+    """A p value: "0.023", "< 0.001", or a dash."""
+    return "< 0.001" if p is not None and p < 0.001 else words.number(p)
+
+
+def _why(value: Any, reason: str) -> str:
+    return reason if value is None else ""
+
+
+def _premise_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    premise = report["premise"]
+    if not premise:
+        return []
+    z, ratio = premise["z"], premise["information_ratio"]
+    p = None if z is None else 2 * NormalDist().cdf(-abs(z))
+    biased = premise["evidence"] == "train"
+    return [
+        _row("Information ratio", words.number(ratio),
+             _why(ratio, "not available") or "1: errors as large as the probabilities say; "
+             "above 1: larger; below 1: smaller"),
+        _row("z", _num(z, 2), _why(z, "not available") or f"two-sided p {p_text(p)}"),
+        _row("Judged on", words.EVIDENCE[premise["evidence"]],
+             "biased low: training errors are too small" if biased else ""),
+    ]  # fmt: skip
+
+
+def _penalty_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    penalty, record, spread = report["penalty"], report["penalty"]["training"], report["dispersion"]
+    value, note = _short(penalty["value"]), "per parameter, on the mean loss"
+    if penalty["value"] is None:
+        value, note = "differs by parameter", "no single value"
+        if penalty.get("low") is not None and penalty.get("high") is not None:
+            value = f"{_short(penalty['low'])} to {_short(penalty['high'])}"
+            note = "differs by parameter"
+    rows = [
+        _row("Penalty", value, note),
+        _row("Where it comes from", words.PENALTY_SOURCES[penalty["source"]]),
+        _row("Parameters without penalty", words.number(penalty["free_params"])),
+        _row("Stationarity", _short(penalty["stationarity"]),
+             _why(penalty["stationarity"], "not available")
+             or "|gradient of the objective| / |gradient of the loss|; 0 at a minimum"),
+    ]  # fmt: skip
+    if spread:
+        source = {"argument": "given by the user", "residuals": "from the training residuals"}
+        rows.append(_row("Variance of the noise", _short(spread["value"]),
+                         source.get(spread["source"], spread["source"])))  # fmt: skip
+    if not record:
+        rows.append(_row("Training record", words.DASH, "none given or found"))
+        return rows
+    for key, item in record.items():
+        text = _short(item) if isinstance(item, int | float) else str(item or words.DASH)
+        rows.append(_row(_TRAINING_KEYS.get(key, key), text, _why(item, "not recorded")))
+    return rows
+
+
+def _identity_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    model, data = report["model"], report["data"]
+    named = {"URI": "uri", "Name": "name", "Version": "version", "Model id": "model_id",
+             "Flavor": "flavor"}  # fmt: skip
+    rows = [
+        _row(name, str(model[key])) for name, key in named.items() if model[key] is not None
+    ] or [_row("Registered as", words.DASH, "given in Python, not from a registry")]
+    heldout = data["heldout_samples"]
+    return [
+        *rows,
+        _row("Parameters", words.number(model["n_params"])),
+        _row("Family", report["family"], f"{words.number(data['n_outputs'])} outputs"),
+        _row("Training samples", words.number(data["n_samples"])),
+        _row("Held-out samples", words.number(heldout), _why(heldout, "none given")),
+        _row("sha256 of the data", str(data["sha256"] or words.DASH)),
+    ]
+
+
+def _solver_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    solver = report["solver"]
+    size = solver["peak_bytes"]
+    memory = words.DASH if size is None else f"{size / 2**20:,.0f} MiB"
+    return [
+        _row("Solver", solver["name"], "exact" if solver["exact"] else "approximate"),
+        _row("Why this one", solver["reason"] or words.DASH),
+        _row("Device", solver["device"]),
+        _row("Precision", solver["dtype"]),
+        _row("Time", f"{words.number(solver['seconds'], 1)} s"),
+        _row("Planned memory", memory, "the solver's own arrays"),
+    ]
+
+
+def _warning_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"code": w["code"], "title": words.warning_title(w["code"]), "severity": w["severity"],
+         "word": _SEVERITY_WORDS.get(w["severity"], w["severity"]), "message": w["message"],
+         "remedy": words.remedy(w["code"])}
+        for w in words.sorted_warnings(report)
+    ]  # fmt: skip
+
+
+def _influence_rows(report: dict[str, Any], display: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Influential samples; the loss without a sample is its training loss plus the LOO rise."""
+    rows = []
+    for item in (display.get("influence") or [])[:INFLUENCE_MAX]:
+        nll, rise = item["nll"], item["loo"]
+        both = None not in (nll, rise, item["label"], item["predicted"])
+        rows.append({**item, "without": nll + rise if both else None,
+                     "differs": words.classifies(report) and both
+                     and item["label"] != item["predicted"]})  # fmt: skip
+    return rows

@@ -1,0 +1,398 @@
+"""Plain words for a report: one wording for the page, the terminal and the registry.
+
+Every function takes the report as JSON values (`AuditReport.to_dict()`, or the same read back
+from a store). Gaps and losses are nats per example. What does not exist reads as a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any, Literal
+
+Report = dict[str, Any]
+ReportVerdict = Literal["pass", "warn", "fail"]
+
+DASH = "–"
+SEVERITY_ORDER = ("none", "info", "warn", "high", "critical")
+
+# code: (title, what to do first, what else helps)
+_WARNINGS: Mapping[str, tuple[str, str, str]] = {
+    "overconfident": (
+        "Over-confident",
+        "Measure the gap on held-out data (--heldout) before deploying.",
+        "Fit a temperature on held-out data; more decay, fewer epochs or more data help too.",
+    ),
+    "underconfident": (
+        "Under-confident",
+        "The gap is read from TIC; fit a temperature on held-out data if probabilities are used.",
+        "The model is right more often than it says, which is safe but wastes information.",
+    ),
+    "train_saturated": (
+        "Training data fitted to the last detail",
+        "Do not rely on the number: audit an earlier checkpoint, or give held-out data.",
+        "The training loss is so small that its derivatives no longer say anything about the gap.",
+    ),
+    "not_at_minimum": (
+        "Not at a minimum of the stated objective",
+        "Check that the penalty and the data are the ones used in training.",
+        "For a model stopped early pass the training record (--training).",
+    ),
+    "premise_violated": (
+        "Errors do not match the stated probabilities",
+        "Read the leave-one-out estimate, and measure on held-out data where you can.",
+        "The soft rank needs both to agree; label errors among the influential samples are a "
+        "common cause.",
+    ),
+    "estimators_disagree": (
+        "The estimators disagree",
+        "Read why this estimator was chosen; in doubt take their whole range as the uncertainty.",
+        "Held-out data settles which one is right.",
+    ),
+    "high_leverage": (
+        "A few samples decide the fit",
+        "Look through the influential training samples for wrong labels and rare cases.",
+        "Collect more samples like them, or increase the penalty.",
+    ),
+    "penalty_unknown": (
+        "It is not known how the model was trained",
+        "Pass the training record (--training): optimizer, sum of learning rates, momentum, batch "
+        "size, weight decay.",
+        "Log them as parameters of the training run and the next audit finds them. Without them "
+        "gaps of early-stopped nets come out too large.",
+    ),
+    "indefinite_hessian": (
+        "The Hessian has negative directions",
+        "Use --curvature ggn (the default), or train until the loss no longer falls.",
+        "With negative curvature the formula means nothing.",
+    ),
+    "few_calibration_samples": (
+        "Too few samples to judge the calibration",
+        "Give at least 200 held-out samples with at least 10 errors, or more training samples.",
+        "Until then calibration is neither shown nor refuted.",
+    ),
+    "approximate_solver": (
+        "Computed approximately",
+        "Repeat with an exact solver (--solver primal or dual) where memory allows.",
+        "A GPU or more memory raises the limit; the solver's reason says why this one was used.",
+    ),
+    "data_mismatch": (
+        "The data may not be the training data",
+        "Audit with exactly the data this version was trained on, preprocessed the same way.",
+        "Compare the sha256 below with the data set logged by the training run.",
+    ),
+    "outside_theory": (
+        "Partly outside what the theory covers",
+        "Treat the number as a rough indication and confirm it on held-out data.",
+        "The message names the part of the model or of its training that is not covered.",
+    ),
+}
+WARNING_CODES: tuple[str, ...] = tuple(_WARNINGS)
+
+ESTIMATORS: Mapping[str, tuple[str, str]] = {
+    "soft_rank": ("Soft rank", "directions the data decide, over n; right when calibrated"),
+    "tic": ("TIC", "errors actually made, weighted by inverse curvature, over n"),
+    "loo": ("LOO", "each sample predicted as if it had been left out of training"),
+    "soft_rank_recalibrated": (
+        "Soft rank, recalibrated",
+        "soft rank with the confidence corrected",
+    ),
+}
+RELIANCE: Mapping[str, str] = {
+    "ok": "Yes, rely on it",
+    "low": "Only with care",
+    "refused": "No, do not rely on it",
+}
+EVIDENCE: Mapping[str, str] = {
+    "heldout": "held-out data",
+    "loo": "leave-one-out predictions",
+    "train": "training data only",
+}
+PENALTY_SOURCES: Mapping[str, str] = {
+    "argument": "given by the user",
+    "estimator": "read from the estimator's settings",
+    "training": "weight decay and training time, from the training record",
+    "evidence": "estimated from the weights (no training record)",
+}
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number for reading: 0.052, 12.3, 4,096, 2.1e-05; a dash for null or non-finite.
+
+    >>> number(0.0523), number(4096), number(None)
+    ('0.052', '4,096', '–')
+    """
+    if not _finite(value):
+        return DASH
+    size = abs(value)
+    if isinstance(value, int) or size >= 1000:
+        return f"{value:,.0f}"
+    if 0 < size < 0.5 * 10.0**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{1 if size >= 100 else digits}f}"
+
+
+def percent(value: Any) -> str:
+    """A share in [0, 1] as a percentage with one decimal; a dash for null."""
+    return f"{100 * value:.1f} %" if _finite(value) else DASH
+
+
+def interval(value: Any, low: Any, high: Any) -> str:
+    """Value with its interval, "0.052 [0.041, 0.064]": three decimals, more for small values.
+
+    >>> interval(0.0523, 0.0409, 0.0637), interval(0.00042, 0.0003, 0.00054)
+    ('0.052 [0.041, 0.064]', '0.00042 [0.00030, 0.00054]')
+    """
+    if not _finite(value):
+        return DASH
+    bounds = [x for x in (low, high) if _finite(x)]
+    scale = max([abs(value), *(abs(x - value) for x in bounds)])
+    digits = 3 if scale == 0 else min(max(3, 1 - math.floor(math.log10(scale))), 8)
+    ends = (f"{x:.{digits}f}" if _finite(x) else DASH for x in (low, high))
+    return f"{value:.{digits}f}" + (f" [{', '.join(ends)}]" if bounds else "")
+
+
+def percent_interval(value: Any, low: Any, high: Any) -> str:
+    """A share with its interval in per cent: "91.4 % [90.2, 92.6]"."""
+    if not (_finite(value) and _finite(low) and _finite(high)):
+        return percent(value)
+    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def sentence(text: Any) -> str:
+    """A message as a sentence: first letter in upper case, a full stop at the end."""
+    clean = str(text or "").strip()
+    return clean[:1].upper() + clean[1:] + ("" if not clean or clean[-1] in ".!?" else ".")
+
+
+def level_text(report: Report) -> str:
+    """The interval's level: "90 %"."""
+    return f"{100 * report['gap']['level']:.0f} %"
+
+
+def gap_text(report: Report) -> str:
+    """The gap with its interval, nats per example: "0.052 [0.041, 0.064]"."""
+    gap = report["gap"]
+    return interval(gap["value"], gap["low"], gap["high"])
+
+
+def verdict(report: Report) -> ReportVerdict:
+    """The version's verdict by the contract's rule.
+
+    fail: confidence refused, or a critical warning; pass: confidence ok and no warning above
+    info; warn: everything else.
+    """
+    worst = max((_rank(w["severity"]) for w in report["warnings"]), default=0)
+    if report["confidence"] not in ("ok", "low") or worst >= _rank("critical"):
+        return "fail"
+    return "pass" if report["confidence"] == "ok" and worst <= _rank("info") else "warn"
+
+
+def sorted_warnings(report: Report) -> list[dict[str, Any]]:
+    """The warnings, most severe first, in the report's order among equals."""
+    return sorted(report["warnings"], key=lambda w: -_rank(w["severity"]))
+
+
+def remedy(code: str) -> str:
+    """What to do about a warning; a general hint for a code this version does not know."""
+    return " ".join(_WARNINGS[code][1:]) if code in _WARNINGS else _UNKNOWN_REMEDY
+
+
+def first_step(code: str) -> str:
+    """The first sentence of `remedy`: the thing to do now."""
+    return _WARNINGS[code][1] if code in _WARNINGS else _UNKNOWN_REMEDY
+
+
+def warning_title(code: str) -> str:
+    """A warning's name in words; the code itself where it is not known."""
+    return _WARNINGS[code][0] if code in _WARNINGS else code
+
+
+def classifies(report: Report) -> bool:
+    """Whether the model predicts classes (as against real values or counts)."""
+    return report["family"] in ("categorical", "bernoulli")
+
+
+def reliance(report: Report) -> tuple[str, list[str]]:
+    """Whether the prediction may be relied on, in words, and why."""
+    known = f"the penalty is known: {PENALTY_SOURCES[report['penalty']['source']]}"
+    if report["penalty"]["source"] == "evidence":
+        known = "it is not known how the model was trained, so the penalty is a guess"
+    reasons = [known, _direction_reason(report["calibration"])]
+    if any(w["code"] == "train_saturated" for w in report["warnings"]):
+        reasons.append("the training data are fitted to the last detail")
+    return RELIANCE.get(report["confidence"], RELIANCE["refused"]), reasons
+
+
+def calibration_text(report: Report) -> str:
+    """The calibration verdict as one sentence."""
+    cal = report["calibration"]
+    source = EVIDENCE[cal["evidence"]]
+    if cal["verdict"] == "miscalibrated":
+        how = {
+            "over": "over-confident",
+            "under": "under-confident",
+            "mixed": "too high in places and too low in others",
+        }.get(cal["direction"], "off")
+        return f"The stated probabilities are {how} ({source})."
+    return {
+        "calibrated": f"The stated probabilities match what happens ({source}).",
+        "within_tolerance": f"The stated probabilities are within tolerance ({source}).",
+        "not_shown": f"No miscalibration found, but too few samples to exclude it ({source}).",
+        "insufficient": f"Too few samples or errors to judge the calibration ({source}).",
+    }.get(cal["verdict"], "Calibration unknown: training data alone cannot show it.")
+
+
+def headline(report: Report) -> str:
+    """One sentence: the predicted gap, and whether it may be relied on."""
+    gap, confidence = report["gap"], report["confidence"]
+    if not _finite(gap["value"]):
+        return "No gap could be predicted for this model."
+    tail = {
+        "ok": "this prediction may be relied on",
+        "low": "use this prediction with care",
+    }.get(confidence, "do not rely on this prediction")
+    ends = interval(gap["value"], gap["low"], gap["high"]).rstrip("]").split(" [")
+    span = f" ({level_text(report)} interval {ends[1].replace(', ', ' to ')})" if ends[1:] else ""
+    return (
+        "Expect the loss on unseen data to exceed the loss on the training data by "
+        f"{ends[0]} nats per example{span}; {tail}."
+    )
+
+
+def explain(report: Report) -> list[str]:
+    """The report in a few plain sentences, most important first."""
+    lines = [meaning(report)]
+    gap, accuracy = report["gap"], report["predicted_accuracy"]
+    if accuracy and _finite(accuracy["value"]):
+        text = percent_interval(accuracy["value"], accuracy["low"], accuracy["high"])
+        lines.append(f"Accuracy: {percent(report['train']['accuracy'])} on the training data, "
+                     f"{text} {accuracy_source(report)}.")  # fmt: skip
+    lines.append(observed_text(report))
+    lines.append(calibration_text(report))
+    label, reasons = reliance(report)
+    lines.append(f"{label}: {'; '.join(reasons)}.")
+    name = ESTIMATORS[gap["estimator"]][0]
+    lines.append(sentence(f"The gap is the one by {name}: {gap['reason']}"))
+    if gap.get("lower_bound"):
+        lines.append(LOWER_BOUND)
+    return [line for line in lines if line]
+
+
+def meaning(report: Report) -> str:
+    """The gap without nats: exp(-NLL) is the geometric mean of the right answer's probability."""
+    train, test = report["train"]["nll"], report["predicted_test_nll"]["value"]
+    if not (_finite(train) and _finite(test)):
+        return ""
+    if classifies(report):
+        return (
+            f"The right answer gets a probability of {percent(math.exp(-train))} on training data "
+            f"and of {percent(math.exp(-test))} on unseen data (geometric means)."
+        )
+    less = "less" if test >= train else "more"
+    thing = "count" if report["family"] == "poisson" else "value"
+    share = percent(abs(math.expm1(train - test)))
+    return (
+        f"The model finds the true {thing} {share} {less} likely on unseen data than on training "
+        "data (geometric mean)."
+    )
+
+
+def observed_text(report: Report) -> str:
+    """The gap measured on held-out data and whether it lies in the predicted interval, or ""."""
+    gap, heldout = report["gap"], report["heldout"]
+    if not heldout or not _finite(heldout["gap"]):
+        return ""
+    seen = heldout["gap"]
+    se = f" (standard error {interval(heldout['gap_se'], None, None)})"
+    text = f"Measured on {number(report['data']['heldout_samples'])} held-out samples the gap is "
+    text += interval(seen, None, None) + (se if _finite(heldout["gap_se"]) else "")
+    if not _bounded(gap):
+        return text + "."
+    where = "inside" if gap["low"] <= seen <= gap["high"] else "outside"
+    return f"{text}, {where} the predicted interval."
+
+
+def contradicted(report: Report) -> bool:
+    """Whether the measured gap's own interval and the predicted one have no point in common."""
+    gap, heldout = report["gap"], report["heldout"]
+    if not (heldout and _bounded(gap) and _finite(heldout["gap"]) and _finite(heldout["gap_se"])):
+        return False
+    half = NormalDist().inv_cdf(0.5 + gap["level"] / 2) * heldout["gap_se"]
+    return bool(heldout["gap"] - half > gap["high"] or heldout["gap"] + half < gap["low"])
+
+
+def nats_text(report: Report) -> str:
+    """What 'nats per example' means, for the report's family."""
+    if classifies(report):
+        return (
+            "Nats per example: the mean of -log(probability given to the right answer). "
+            "Certain and right costs 0; giving it 90 % costs 0.11, 50 % costs 0.69."
+        )
+    thing = "probability" if report["family"] == "poisson" else "probability density"
+    return (
+        f"Nats per example: the mean of -log({thing} given to the true value). "
+        "0.1 more: the true value is found about 10 % less likely; 0.69 more: half as likely."
+    )
+
+
+def accuracy_source(report: Report) -> str:
+    """Where the predicted accuracy comes from."""
+    heldout = report["heldout"]
+    if heldout and heldout["accuracy"] is not None:
+        return "on the held-out data"
+    return "predicted on unseen data"
+
+
+def description_block(report: Report, run_url: str | None) -> str:
+    """Markdown for a model version's description, verdict first, without the markers."""
+    worst = sorted_warnings(report)
+    codes = ", ".join(f"`{w['code']}` ({w['severity']})" for w in worst) or "none"
+    lines = [
+        f"**flataudit: {verdict(report)}.** {headline(report)}",
+        "",
+        f"- Gap: {gap_text(report)} nats per example ({report['gap']['estimator']})",
+        f"- Rely on it: {report['confidence']}; calibration: {report['calibration']['verdict']}",
+    ]
+    accuracy = report["predicted_accuracy"]
+    if accuracy and _finite(accuracy["value"]):
+        text = percent_interval(accuracy["value"], accuracy["low"], accuracy["high"])
+        lines.append(f"- Accuracy {accuracy_source(report)}: {text}")
+    lines.append(f"- Warnings: {codes}")
+    if run_url:
+        lines.append(f"- [Audit run and full report](<{run_url}>)")
+    return "\n".join(lines)
+
+
+LOWER_BOUND = (
+    "There are fewer than 10 samples per soft-rank direction, so the interval is too narrow: "
+    "the true uncertainty is larger."
+)
+_UNKNOWN_REMEDY = "Follow the warning's message; this version has no further advice on it."
+
+
+def _direction_reason(calibration: Mapping[str, Any]) -> str:
+    if calibration["verdict"] in ("unknown", "insufficient"):
+        return "the calibration could not be judged"
+    return {
+        "over": "the model is over-confident",
+        "mixed": "the model is over-confident in places",
+        "under": "the model is under-confident, not over-confident",
+    }.get(calibration["direction"], "no over-confidence was found")
+
+
+def _bounded(gap: Mapping[str, Any]) -> bool:
+    return _finite(gap["low"]) and _finite(gap["high"])
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(severity: str) -> int:
+    return (
+        SEVERITY_ORDER.index(severity)
+        if severity in SEVERITY_ORDER
+        else SEVERITY_ORDER.index("warn")
+    )

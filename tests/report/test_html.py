@@ -1,0 +1,219 @@
+"""The page: complete, self-contained, escaped, and honest about what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from flataudit.report import html, words
+from flataudit.results import AuditWarning, DataInfo, Gap, HeldoutFit, ModelInfo
+
+EVIL = "<script>alert('x')</script>"
+VOID = {"meta", "br", "line", "circle", "path", "rect", "use", "img", "link", "input"}
+
+
+class Outline(HTMLParser):
+    """Checks nesting; collects tags, ids, local links and the visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        if values.get("id"):
+            self.ids.append(str(values["id"]))
+        if tag == "a":
+            self.links.append(str(values["href"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def outline(page: str) -> Outline:
+    found = Outline()
+    found.feed(page)
+    found.close()
+    assert found.open == []
+    return found
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", " ".join(outline(page).text))
+
+
+@pytest.fixture(scope="module")
+def pages(reports: Any) -> dict[str, str]:
+    return {name: html.render(*made) for name, made in reports.items()}
+
+
+def test_pages_are_self_contained_and_small(pages: dict[str, str]) -> None:
+    for page in pages.values():
+        assert len(page.encode()) < 1_000_000
+        assert "http:" not in page
+        assert "https:" not in page
+        assert "src=" not in page
+        assert "@import" not in page
+        assert not re.search(r"url\((?!#)", page)
+        assert "<script" not in page
+        assert "default-src 'none'" in page
+
+
+def test_pages_are_well_formed_with_unique_ids_and_live_links(pages: dict[str, str]) -> None:
+    for page in pages.values():
+        found = outline(page)
+        assert found.tags.count("h1") == 1
+        assert found.tags.count("main") == 1
+        assert len(found.ids) == len(set(found.ids))
+        assert {link.removeprefix("#") for link in found.links} <= set(found.ids)
+
+
+def test_nothing_missing_is_printed_as_none_or_nan(pages: dict[str, str]) -> None:
+    for page in pages.values():
+        assert not re.search(r"\b(None|nan|NaN|null|inf|undefined)\b", text_of(page))
+
+
+def test_first_screen_answers_three_questions(pages: dict[str, str]) -> None:
+    text = text_of(pages["calibrated"]).partition("Calibration and spectrum")[0]
+    for part in ("0.052", "nats per example", "0.041 to 0.064", "91.3 % [90.7, 91.9]",
+                 "0.263 [0.251, 0.274]", "Yes, rely on it", "Verdict: pass"):  # fmt: skip
+        assert part in text
+    text = text_of(pages["refused"]).partition("Calibration and spectrum")[0]
+    assert "No, do not rely on it" in text
+    assert "Verdict: fail" in text
+    assert "not reliable" in text
+    assert words.LOWER_BOUND in text
+    assert "Measure the gap on held-out data" in text
+    text = text_of(pages["regression"]).partition("Calibration and spectrum")[0]
+    assert "Only with care" in text
+    assert "Verdict: warn" in text
+    assert "Accuracy" not in text
+    assert "\N{MINUS SIGN}0.033 to 0.095" in text
+
+
+def test_a_certain_but_warned_prediction_is_not_called_careless(change: Any, reports: Any) -> None:
+    report = change(warnings=(AuditWarning("premise_violated", "warn", "m"),))
+    assert "Usable, but look at this first" in html.render(report, {})
+
+
+def test_a_measurement_that_contradicts_the_prediction_comes_first(change: Any) -> None:
+    page = html.render(change(heldout=HeldoutFit(0.5, 0.9, gap=0.29, gap_se=0.01)), {})
+    assert "Trust the measurement" in page
+    assert "Nothing stands against" not in page
+    agreeing = html.render(change(heldout=HeldoutFit(0.28, 0.9, gap=0.07, gap_se=0.01)), {})
+    assert "Trust the measurement" not in agreeing
+
+
+def test_everything_from_outside_is_escaped(calibrated: Any) -> None:
+    report = dataclasses.replace(
+        calibrated,
+        model=ModelInfo(n_params=3, uri=EVIL, name=EVIL, version=EVIL, model_id=EVIL, flavor=EVIL),
+        data=DataInfo(9, 2, sha256=EVIL),
+        penalty=dataclasses.replace(calibrated.penalty, training={EVIL: EVIL}, assumptions=(EVIL,)),
+        calibration=dataclasses.replace(calibrated.calibration, p_values={EVIL: 0.5}),
+        gap=dataclasses.replace(calibrated.gap, reason=EVIL),
+        warnings=(AuditWarning(EVIL, "warn", f"--heldout {EVIL}"),
+                  AuditWarning("x", EVIL, EVIL)),  # type: ignore[arg-type]
+        solver=dataclasses.replace(calibrated.solver, name=EVIL, reason=EVIL, device=EVIL),
+    ).to_dict()  # fmt: skip
+    sample = {"index": 1, "label": EVIL, "predicted": EVIL, "leverage": 0.1, "tic": 0.1,
+              "loo": 0.2, "nll": 0.1}  # fmt: skip
+    for ratios, leverage in (([2.0], []), (None, [0.5]), (None, [])):
+        spectrum = {"ratios": ratios, "reason": EVIL, "leverage": leverage}
+        page = html.render(report, {"spectrum": spectrum, "influence": [sample]})
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+        assert 'class="tag <' not in page
+        outline(page)
+
+
+def test_no_observed_or_recalibrated_gap_is_a_dash_with_a_reason(pages: dict[str, str]) -> None:
+    text = text_of(pages["without_loo"])
+    assert "not available: a leave-one-out step is not finite" in text
+    assert "not computed for this model" in text
+    assert "needs leave-one-out or held-out predictions" in text
+    assert "– no standard error available" in text
+    assert "not computed (needs netcal)" in text
+    assert "No picture: too large" in text
+    assert "Model given in Python" in text
+
+
+def test_observed_gap_stands_beside_the_estimators(pages: dict[str, str]) -> None:
+    text = text_of(pages["regression"])
+    assert "Observed measured on 89 held-out samples 0.0457 0.0610" in text
+    assert "Held-out data, measured 5.440" in text
+    assert "Observed" not in text_of(pages["calibrated"])
+
+
+def test_every_warning_shows_message_and_remedy(reports: Any, pages: dict[str, str]) -> None:
+    for name, (report, _) in reports.items():
+        text = text_of(pages[name]).replace("( --", "(--")
+        plain = re.sub(r"\s+", "", text)
+        for warning in report["warnings"]:
+            for part in (warning["message"], words.remedy(warning["code"]), warning["code"]):
+                assert re.sub(r"\s+", "", part) in plain
+
+
+def test_all_codes_can_be_shown(change: Any) -> None:
+    every = tuple(AuditWarning(code, "info", f"about {code}") for code in words.WARNING_CODES)
+    page = html.render(change(warnings=every), {})
+    assert all(f"About {code}." in page for code in words.WARNING_CODES)
+
+
+def test_influence_marks_contradicted_labels_and_folds_the_rest(pages: dict[str, str]) -> None:
+    page = pages["calibrated"]
+    assert page.count('<span class="tag">differs</span>') == 9
+    assert "38 more samples" in page
+    assert page.count("<details>") == 1
+    assert "differs</span>" not in pages["regression"]
+
+
+def test_loss_if_left_out_is_training_loss_plus_rise(change: Any) -> None:
+    sample = {"index": 4, "label": 1, "predicted": 0, "leverage": 0.5, "tic": 0.3, "loo": 2.25,
+              "nll": 0.5}  # fmt: skip
+    assert "0.500 2.750 2.250" in text_of(html.render(change(), {"influence": [sample]}))
+
+
+def test_a_huge_report_stays_below_one_megabyte(reports: Any) -> None:
+    report, display = reports["calibrated"]
+    ratios = [1e5 / (i + 1) for i in range(50_000)]
+    display = display | {"spectrum": {"ratios": ratios, "reason": None, "leverage": []}}
+    assert len(html.render(report, display).encode()) < 1_000_000
+
+
+def test_null_gap_and_heldout_values(change: Any) -> None:
+    nan = float("nan")
+    report = change(
+        gap=Gap(nan, nan, nan, 0.9, "tic", "none"), heldout=HeldoutFit(nan, None, nan, nan)
+    )
+    text = text_of(html.render(report, {}))
+    assert "no gap could be computed" in text
+    assert not re.search(r"\b(None|nan)\b", text)
+
+
+def test_title_prefers_the_registered_name(change: Any) -> None:
+    assert html.model_title(change()) == "fashion-mlp, version 3"
+    assert html.model_title(change(model=ModelInfo(3, uri="runs:/a/m"))) == "runs:/a/m"
+    assert html.model_title(change(model=ModelInfo(3, model_id="m-1"))) == "m-1"
+    assert html.model_title(change(model=ModelInfo(3))) == "Model given in Python"
