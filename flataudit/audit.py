@@ -201,6 +201,7 @@ def audit(
         lower_bound=problem.n_samples < policy.samples_per_rank * float(leverage.sum()),
     )
     train_nll = float(nll.mean())
+    observed = _observed(unseen, likelihood, train_nll, calibration.accuracy)
     sampling_error = math.sqrt(fit.moments.trace / problem.n_samples)
     warnings = collect_warnings(
         Observations(
@@ -208,7 +209,8 @@ def audit(
             estimates=estimates,
             premise=premise,
             penalty=fit.penalty_info,
-            estimator=estimator,
+            gap=gap,
+            heldout=observed,
             saturated=saturated,
             gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
             max_leverage=float(torch.linalg.eigvalsh(variance.q).max()),
@@ -228,7 +230,7 @@ def audit(
         dispersion=fit.dispersion,
         penalty=fit.penalty_info,
         train=Fit(train_nll, judged.train_accuracy),
-        heldout=_observed(unseen, likelihood, train_nll, calibration.accuracy),
+        heldout=observed,
         calibration=calibration,
         estimates=estimates,
         premise=premise,

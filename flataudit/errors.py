@@ -26,6 +26,10 @@ class MemoryPlanError(InputError):
     """The exact audit does not fit into memory; the message names the size and the alternatives."""
 
 
+class AuditFailedError(FlatauditError):
+    """The audit broke for a reason that is not bad input."""
+
+
 class DeadlineError(FlatauditError):
     """The audit ran past its deadline and was stopped."""
 

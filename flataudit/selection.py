@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from flataudit.results import (
     AuditWarning,
@@ -15,6 +16,8 @@ from flataudit.results import (
     ConfidenceLevel,
     Estimates,
     EstimatorName,
+    Gap,
+    HeldoutFit,
     PenaltyInfo,
     Premise,
     Severity,
@@ -103,7 +106,8 @@ class Observations:
     estimates: Estimates
     premise: Premise | None
     penalty: PenaltyInfo
-    estimator: EstimatorName
+    gap: Gap
+    heldout: HeldoutFit | None
     saturated: bool
     gradient_noise: float  # |grad + D theta| / sqrt(trC / n)
     max_leverage: float  # largest eigenvalue of any Q_i
@@ -119,6 +123,7 @@ def collect_warnings(
         *_calibration_warnings(seen),
         *_penalty_warnings(seen, policy),
         *_estimate_warnings(seen, policy),
+        *_heldout_warnings(seen),
     ]
     order: tuple[Severity, ...] = ("critical", "high", "warn", "info", "none")
     return tuple(sorted(found, key=lambda w: order.index(w.severity)))
@@ -201,6 +206,24 @@ def _penalty_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audit
     return found
 
 
+def _heldout_warnings(seen: Observations) -> list[AuditWarning]:
+    gap, heldout = seen.gap, seen.heldout
+    if heldout is None:
+        return []
+    # The measured gap's own interval at the prediction's level; the two have no point in common.
+    half = NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
+    if heldout.gap - half <= gap.high and heldout.gap + half >= gap.low:
+        return []
+    return [
+        AuditWarning(
+            "prediction_contradicted",
+            "high",
+            f"the gap measured on held-out data, {heldout.gap:.3g} +- {half:.2g}, lies outside the"
+            f" predicted {gap.low:.3g} to {gap.high:.3g}; trust the measurement",
+        )
+    ]
+
+
 def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWarning]:
     found = []
     premise = seen.premise
@@ -211,7 +234,7 @@ def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audi
             found.append(
                 AuditWarning(
                     "premise_violated",
-                    "warn" if seen.estimator == "soft_rank" else "info",
+                    "warn" if seen.gap.estimator == "soft_rank" else "info",
                     f"errors weighted by curvature are {side} than the model's own variance"
                     f" (information ratio {premise.information_ratio:.2f}): the premise of the"
                     " soft rank does not hold; compare it with LOO before relying on it",
@@ -223,7 +246,7 @@ def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audi
         found.append(
             AuditWarning(
                 "estimators_disagree",
-                "warn" if seen.estimator == "soft_rank" else "info",
+                "warn" if seen.gap.estimator == "soft_rank" else "info",
                 f"soft rank, TIC and LOO range over {min(gaps):.3g} to {max(gaps):.3g} nats;"
                 " read the reason for the one chosen before acting on it",
             )
@@ -232,7 +255,7 @@ def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audi
         found.append(
             AuditWarning(
                 "high_leverage",
-                "warn" if seen.estimator == "loo" or seen.estimates.loo is None else "info",
+                "warn" if seen.gap.estimator == "loo" or seen.estimates.loo is None else "info",
                 f"some samples determine their own prediction (leverage {seen.max_leverage:.3f} of"
                 " 1): leave-one-out extrapolates there; look at the influence table",
             )

@@ -8,6 +8,7 @@ loss (nll|mse|half_mse): what the weight decay was added to.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -84,6 +85,11 @@ class TrainingRecord:
         remaining = np.arange(self.steps, 0, -1)
         weights = -np.expm1(remaining * math.log(m)) / (1.0 - m)
         return (1.0 - self.dampening) * float(self.learning_rates() @ weights)
+
+    def to_record(self) -> dict[str, Any]:
+        """The record as `parse_training` reads it back."""
+        fields = dataclasses.asdict(self)
+        return {key: value for key, value in fields.items() if value not in (None, ())}
 
     def to_dict(self) -> dict[str, Any]:
         """The record as the report shows it; what does not exist is None."""

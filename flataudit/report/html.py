@@ -57,7 +57,6 @@ def render(report: dict[str, Any], display: dict[str, Any]) -> str:
     label, reasons = words.reliance(report)
     verdict = words.verdict(report)
     look = verdict == "warn" and report["confidence"] == "ok"
-    look = look or (verdict == "pass" and words.contradicted(report))
     return _template().render(
         r=report,
         w=words,
@@ -121,9 +120,6 @@ def _flags(text: str) -> Any:
 def _steps(report: dict[str, Any]) -> list[str]:
     """Up to three things to do, from the warnings above info; what a pass means otherwise."""
     found = [words.first_step(w["code"]) for w in words.sorted_warnings(report) if _above_info(w)]
-    if words.contradicted(report):
-        found.insert(0, "Trust the measurement: it contradicts the prediction. Check that both "
-                        "data sets were drawn the same way.")  # fmt: skip
     if found:
         return found[:3]
     if words.verdict(report) == "pass":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any, Literal
 
 Report = dict[str, Any]
@@ -81,6 +80,11 @@ _WARNINGS: Mapping[str, tuple[str, str, str]] = {
         "The data may not be the training data",
         "Audit with exactly the data this version was trained on, preprocessed the same way.",
         "Compare the sha256 below with the data set logged by the training run.",
+    ),
+    "prediction_contradicted": (
+        "The measured gap contradicts the prediction",
+        "Trust the measurement, and do not rely on the prediction for this model.",
+        "Check that the held-out data come from the same source as the training data.",
     ),
     "outside_theory": (
         "Partly outside what the theory covers",
@@ -312,15 +316,6 @@ def observed_text(report: Report) -> str:
         return text + "."
     where = "inside" if gap["low"] <= seen <= gap["high"] else "outside"
     return f"{text}, {where} the predicted interval."
-
-
-def contradicted(report: Report) -> bool:
-    """Whether the measured gap's own interval and the predicted one have no point in common."""
-    gap, heldout = report["gap"], report["heldout"]
-    if not (heldout and _bounded(gap) and _finite(heldout["gap"]) and _finite(heldout["gap_se"])):
-        return False
-    half = NormalDist().inv_cdf(0.5 + gap["level"] / 2) * heldout["gap_se"]
-    return bool(heldout["gap"] - half > gap["high"] or heldout["gap"] + half < gap["low"])
 
 
 def nats_text(report: Report) -> str:

@@ -86,7 +86,8 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     lower, code = torch.linalg.cholesky_ex(matrix.mT)
     _check(int(code))
     invert_lower_(lower)
-    return lower.mT
+    upper: Tensor = lower.mT
+    return upper
 
 
 def invert_lower_(lower: Tensor) -> None:
@@ -117,7 +118,7 @@ def _check(info: int) -> None:
 
 def _diagonal_blocks(x: Tensor, n: int, k: int) -> Tensor:
     """W_ii = X_i' X_i (n, K', K'); rows of x are zero before their own diagonal."""
-    blocks = torch.empty(n, k, k, dtype=x.dtype, device=x.device)
+    blocks: Tensor = torch.empty(n, k, k, dtype=x.dtype, device=x.device)
     for start in range(0, n, SAMPLES_PER_BLOCK):
         stop = min(start + SAMPLES_PER_BLOCK, n)
         rows = x[start * k : stop * k, start * k :].view(stop - start, k, -1)

@@ -1,0 +1,71 @@
+"""The options of an audit as users write them: on the command line, in YAML, as flow parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flataudit.errors import InputError
+
+
+class AuditOptions(BaseModel):
+    """Options with the contract's names and defaults; unknown names are refused.
+
+    penalty: 'auto', a number or {parameter name: number}; training: 'auto' reads the model's
+    source run, else a mapping, a file or KEY=VALUE,... text, or None for no record.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str | None = None
+    family: str = "auto"
+    penalty: float | str | dict[str, float] = "auto"
+    dispersion: float | str = "auto"
+    training: str | dict[str, Any] | None = "auto"
+    curvature: str = "ggn"
+    solver: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    recalibrate: bool = False
+    deadline: float | None = Field(default=None, gt=0)
+    tracking_uri: str | None = None
+
+
+def make_options(values: dict[str, Any], origin: str = "options") -> AuditOptions:
+    """Checked options; empty text counts as not given.
+
+    Raises:
+        InputError: names the origin, the field, and what was expected.
+    """
+    given = {key: value for key, value in values.items() if value not in (None, "")}
+    try:
+        return AuditOptions(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][:1])
+        raise InputError(
+            f"{origin}: {field}: {first['msg']}, got {first['input']!r}; choose from:"
+            f" {', '.join(AuditOptions.model_fields)}"
+        ) from None
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"expected a YAML file, got none at {path}; check --config") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"expected valid YAML in {path}, got: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"expected options as KEY: VALUE in {path}, got {type(values).__name__}")
+    make_options(values, str(path))
+    return values

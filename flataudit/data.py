@@ -1,0 +1,315 @@
+"""The data of an audit by name: npz, csv, parquet, module:function, or what MLflow logged.
+
+Arrays keep their dtype, except that the features of a table become float64 (for token ids, which
+must stay integers, use an npz file). MLflow and pandas are imported only where they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flataudit.errors import InputError
+from flataudit.store import one_line, scratch_folder, store_errors
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.entities import DatasetInput
+
+    from flataudit.models.registry import ModelSource
+
+FORMS = "a .npz, .csv or .parquet file, module:function, or mlflow"
+CONTEXTS = ("training", "train")  # ours, and the one of MLflow's autologging
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """What was loaded: x (n, ...) and y (n, ...), and where it came from.
+
+    `tag_sha256` is the tag `sha256` of a dataset logged in MLflow, else None: compare it with
+    the report's `data.sha256` (`digest_of`), as MLflow's own digest covers only part of large
+    data.
+    """
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+    origin: str
+    tag_sha256: str | None = None
+
+    @property
+    def pair(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(x, y), as `flataudit.audit` takes it."""
+        return self.x, self.y
+
+
+def load_data(
+    spec: str, *, target: str | None = None, source: ModelSource | None = None
+) -> Dataset:
+    """The data that `spec` names.
+
+    Args:
+        spec: A `.npz` file with arrays x and y; a `.csv` or `.parquet` file, with `target`;
+            `module:function`, which returns (x, y); or `mlflow`: the dataset that the model's
+            source run logged with the context "training" (tags `target` and `sha256` are used).
+        target: The name of the target column of a table.
+        source: The model, for `mlflow`.
+
+    Raises:
+        InputError: whatever is missing, empty or not numeric, in one line.
+        StoreError: MLflow cannot be read.
+    """
+    if spec == "mlflow":
+        return _from_mlflow(source, target)
+    path = Path(spec).expanduser()
+    if path.suffix.lower() in (".npz", ".csv", ".parquet"):
+        x, y = _from_file(path, target)
+        return Dataset(x, y, str(path.absolute()))
+    if _FUNCTION.fullmatch(spec):
+        x, y = _from_function(spec)
+        return Dataset(x, y, spec)
+    raise InputError(f"expected data as {FORMS}, got {spec!r}; convert it to one of these")
+
+
+def digest_of(x: Any, y: Any) -> str:
+    """The sha256 that the report gives for this data: the value of a dataset's tag `sha256`."""
+    from flataudit.tensors import as_pair, digest
+
+    return digest(*as_pair((x, y), "data"))
+
+
+def training_input(source: ModelSource | None) -> DatasetInput:
+    """The one dataset that the model's source run logged with the context "training".
+
+    Raises:
+        InputError: no source run, or not exactly one such dataset in it.
+        StoreError: MLflow cannot be read.
+    """
+    remedy = "give the file with --train"
+    if source is None or source.run_id is None:
+        raise InputError(f"expected a model with a source run for data mlflow, got none; {remedy}")
+    with store_errors(f"read the source run {source.run_id}"):
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = MlflowClient().get_run(source.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise InputError(
+                f"expected the model's source run {source.run_id}, got none in this store; {remedy}"
+            ) from error
+    inputs = [] if run.inputs is None else run.inputs.dataset_inputs
+    for context in CONTEXTS:
+        found = [item for item in inputs if input_tag(item, "mlflow.data.context") == context]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(item.dataset.name for item in found)
+            raise InputError(
+                f"expected one dataset with the context {context!r} in run {source.run_id}, got"
+                f" {len(found)} ({names}); {remedy}"
+            )
+    raise InputError(
+        f"expected a dataset with the context 'training' in run {source.run_id}, got none; log it"
+        f" with mlflow.log_input(dataset, context='training'), or {remedy}"
+    )
+
+
+def input_tag(item: DatasetInput, key: str) -> str | None:
+    """The value of one tag of a logged dataset, None where it has none."""
+    return next((str(tag.value) for tag in item.tags if tag.key == key), None)
+
+
+def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
+    item = training_input(source)
+    assert source is not None
+    name = item.dataset.name
+    if item.dataset.source_type == "code":
+        raise InputError(
+            f"expected a file behind the dataset {name!r} of run {source.run_id}, got one logged"
+            " without a source; log it with source=PATH, or give the file with --train"
+        )
+    try:
+        import mlflow.data
+
+        origin = mlflow.data.get_source(item)
+        # What has to be downloaded goes into our own temporary folder.
+        takes_folder = "dst_path" in signature(origin.load).parameters and not _is_local(item)
+        options = {"dst_path": scratch_folder()} if takes_folder else {}
+        found: Any = origin.load(**options)
+    except Exception as error:  # the sources' loaders raise whatever their library does
+        raise InputError(
+            f"expected to load the dataset {name!r} of run {source.run_id} from"
+            f" {_uri_of(item)}, got: {one_line(error)}; give the file with --train"
+        ) from error
+    if not isinstance(found, str | Path):
+        raise InputError(
+            f"expected the dataset {name!r} to load as a file, got {type(found).__name__} from a"
+            f" {item.dataset.source_type} source; give a file with --train"
+        )
+    x, y = _from_file(Path(found), target or input_tag(item, "target"))
+    return Dataset(
+        x, y, f"mlflow: dataset {name} of run {source.run_id}", input_tag(item, "sha256")
+    )
+
+
+def _uri_of(item: DatasetInput) -> str:
+    try:
+        where = json.loads(item.dataset.source)
+        return str(where.get("uri") or where.get("url") or item.dataset.source_type)
+    except (ValueError, AttributeError):
+        return str(item.dataset.source_type)
+
+
+def _is_local(item: DatasetInput) -> bool:
+    uri = _uri_of(item)
+    return uri.startswith("file:") or re.match(r"[a-z][a-z0-9+.-]+:", uri) is None
+
+
+def _from_file(path: Path, target: str | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".csv", ".parquet"):
+        raise InputError(
+            f"expected a .npz, .csv or .parquet file, got {path}; convert it to one of these"
+        )
+    if not path.is_file():
+        raise InputError(f"expected a data file at {path}, got none; check the path")
+    if path.stat().st_size == 0:
+        raise InputError(f"expected data in {path}, got an empty file; write it again")
+    if suffix == ".npz":
+        return _from_npz(path)
+    return _from_table(_read_table(path), target, path)
+
+
+def _from_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    remedy = "save it with numpy.savez(path, x=x, y=y)"
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise InputError(f"expected arrays x and y in {path}, got one array; {remedy}")
+            missing = [name for name in ("x", "y") if name not in archive.files]
+            if missing:
+                raise InputError(
+                    f"expected arrays x and y in {path}, got {', '.join(archive.files) or 'none'};"
+                    f" add {' and '.join(missing)}"
+                )
+            return archive["x"], archive["y"]
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"expected a numpy .npz file without pickled objects at {path}, got:"
+            f" {one_line(error)}; {remedy}"
+        ) from error
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path) if path.suffix.lower() == ".csv" else pd.read_parquet(path)
+    except Exception as error:  # parser errors of pandas and pyarrow share no base class
+        raise InputError(
+            f"expected a table in {path}, got: {one_line(error)}; check the file"
+        ) from error
+
+
+def _from_table(
+    frame: pd.DataFrame, target: str | None, path: Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    from pandas.api.types import is_numeric_dtype
+
+    names = [str(name) for name in frame.columns]
+    frame = frame.set_axis(names, axis="columns")
+    if target is None or target not in names:
+        got = "no --target" if target is None else f"--target {target}"
+        raise InputError(
+            f"expected --target to name a column of {path}, got {got}; choose from: {_few(names)}"
+        )
+    if len(frame) == 0 or len(names) < 2:
+        raise InputError(
+            f"expected rows and feature columns in {path}, got {len(frame)} rows and"
+            f" {len(names) - 1} features; write it again"
+        )
+    text = [name for name in names if not is_numeric_dtype(frame[name].dtype)]
+    if text:
+        raise InputError(
+            f"expected numbers in {path}, got text or dates in {_few(text)}; encode these columns"
+            " as the model's training did, or drop them"
+        )
+    x = frame.drop(columns=target).to_numpy(dtype=np.float64, na_value=np.nan)
+    column = frame[target]
+    if column.isna().any():
+        raise InputError(
+            f"expected a value of {target} in each row of {path}, got"
+            f" {int(column.isna().sum())} missing; drop those rows"
+        )
+    kinds = {"b": np.bool_, "i": np.int64, "u": np.int64}
+    return x, column.to_numpy(dtype=kinds.get(column.dtype.kind, np.float64))
+
+
+def _from_function(spec: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    module_name, _, name = spec.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the installed command does not
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"expected to import {module_name} for data {spec}, got: {one_line(error)}; run where"
+            " it can be imported, or set PYTHONPATH"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        got = "no such name" if function is None else type(function).__name__
+        raise InputError(
+            f"expected a function {name} in {module_name}, got {got}; it must return (x, y)"
+        )
+    try:
+        found = function()
+    except Exception as error:
+        raise InputError(
+            f"expected {spec} to return (x, y), got {type(error).__name__}: {one_line(error)};"
+            " it is called without arguments"
+        ) from error
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise InputError(
+            f"expected {spec} to return (x, y), got {type(found).__name__}; return two arrays"
+        )
+    return _as_array(found[0], f"x of {spec}"), _as_array(found[1], f"y of {spec}")
+
+
+def _as_array(value: Any, name: str) -> NDArray[Any]:
+    try:
+        if hasattr(value, "detach"):  # a torch tensor, perhaps on a GPU or with a gradient
+            value = value.detach().cpu().numpy()
+        array = np.asarray(value)
+    except Exception as error:
+        raise InputError(
+            f"expected an array for {name}, got {type(value).__name__}: {one_line(error)};"
+            " return numpy arrays or tensors"
+        ) from error
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"expected numbers for {name}, got dtype {array.dtype}; encode text and objects"
+        )
+    return array
+
+
+def _few(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

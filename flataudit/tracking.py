@@ -1,0 +1,358 @@
+"""Everything that is written to MLflow; this file owns every metric key and tag.
+
+One audit is one run in the experiment `flataudit`. The model's verdict (version tags and the
+description's block) is written last, after the run is complete, and undone where that fails: a
+failing store leaves the old verdict as it was. Only the client API is used: a run that is active
+in this process, or named by MLFLOW_RUN_ID, is neither resumed nor written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flataudit import __version__
+from flataudit.data import CONTEXTS, digest_of, training_input
+from flataudit.errors import StoreError
+from flataudit.models.registry import TRAINING_ARTIFACT, ModelSource
+from flataudit.report import words
+from flataudit.results import to_json
+from flataudit.store import ensure_experiment, scratch_folder, store_errors
+from flataudit.versions import set_verdict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Dataset
+
+    from flataudit.training import TrainingRecord
+
+EXPERIMENT = "flataudit"
+ARTIFACTS = "flataudit"  # the folder of the run's artifacts
+URI_TAG, VERDICT = "flataudit.model_uri", "flataudit.verdict"  # the first on the run alone
+DURATION = "flataudit/duration_seconds"  # a metric of the run alone
+PARAM_LIMIT = 6000  # characters, of MLflow's column
+DIGEST = 16  # characters of the sha256 that MLflow shows as a dataset's digest
+
+# metric: where its value is in the report's JSON
+_METRICS: Mapping[str, tuple[str, ...]] = {
+    "flataudit/gap": ("gap", "value"),
+    "flataudit/gap_low": ("gap", "low"),
+    "flataudit/gap_high": ("gap", "high"),
+    "flataudit/predicted_test_nll": ("predicted_test_nll", "value"),
+    "flataudit/predicted_accuracy": ("predicted_accuracy", "value"),
+    "flataudit/gap_soft_rank": ("estimates", "soft_rank", "gap"),
+    "flataudit/gap_soft_rank_recalibrated": ("estimates", "soft_rank_recalibrated", "gap"),
+    "flataudit/gap_tic": ("estimates", "tic", "gap"),
+    "flataudit/gap_loo": ("estimates", "loo", "gap"),
+    "flataudit/soft_rank": ("estimates", "soft_rank", "rank"),
+    "flataudit/train_nll": ("train", "nll"),
+    "flataudit/ece": ("calibration", "ece"),
+    "flataudit/confidence_gap": ("calibration", "confidence_gap"),
+    "flataudit/slope": ("calibration", "slope"),
+    "flataudit/information_ratio": ("premise", "information_ratio"),
+    "flataudit/stationarity": ("penalty", "stationarity"),
+    "flataudit/heldout_gap": ("heldout", "gap"),
+}
+_OF_A_REPORT = tuple(
+    f"flataudit.{name}" for name in ("gap", "calibration", "confidence", "warnings", "policy")
+)
+_NOT_OPTIONS = ("tracking_uri", "json", "config")  # may hold a password, or only name files
+
+
+def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """The report's metrics by MLflow key; what is null or not finite is left out.
+
+    MLflow stores a NaN as 0 and infinity as 1.8e308 where a model is given: never log those.
+    """
+    found = {}
+    for key, path in _METRICS.items():
+        value: Any = report
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            found[key] = float(value)
+    return found
+
+
+def tags_of(report: dict[str, Any], source: ModelSource, run_id: str) -> dict[str, str]:
+    """The tags of an audited version, the verdict last."""
+    return {
+        "flataudit.gap": words.gap_text(report),
+        "flataudit.calibration": str(report["calibration"]["verdict"]),
+        "flataudit.confidence": str(report["confidence"]),
+        "flataudit.warnings": ", ".join(w["code"] for w in words.sorted_warnings(report)),
+        "flataudit.policy": policy_hash(),
+        **_bound_to(source, run_id),
+        VERDICT: words.verdict(report),
+    }
+
+
+def policy_hash() -> str:
+    """sha256 of the package's version and the defaults of the selection and calibration policies.
+
+    An audit made under other rules has another hash.
+    """
+    from flataudit.calibration.verdict import CalibrationPolicy
+    from flataudit.selection import SelectionPolicy
+
+    rules = {
+        "version": __version__,
+        "selection": asdict(SelectionPolicy()),
+        "calibration": asdict(CalibrationPolicy()),
+    }
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def log_audit(
+    report: dict[str, Any],
+    display: dict[str, Any],
+    source: ModelSource,
+    *,
+    options: Mapping[str, Any] | None = None,
+    duration: float | None = None,
+    experiment: str = EXPERIMENT,
+) -> str:
+    """Logs a finished audit and sets the model's verdict.
+
+    Args:
+        report: `AuditReport.to_dict()`.
+        display: `AuditReport.display`, for the figures and the influence table.
+        source: The audited model. A version gets tags and a block in its description, a model
+            without a version (models:/m-id, runs:/...) tags on the logged model, a folder neither.
+        options: What the audit was called with, by the command line's names: they become the
+            run's params, `train` and `heldout` its inputs.
+        duration: Seconds the audit took.
+        experiment: Where the run goes.
+
+    Returns:
+        The id of the audit run.
+
+    Raises:
+        StoreError: the store failed; the old verdict stands, and the run is marked FAILED where
+            that could be written.
+    """
+    options = dict(options or {})
+    folder, metrics = _rendered(report, display), metrics_of(report)
+    with _audit_run(source, options, experiment) as (client, run_id, link):
+        tags, block = tags_of(report, source, run_id), words.description_block(report, link)
+        client.log_artifacts(run_id, folder, ARTIFACTS)
+        model_id = _logged_model_id(client, source)
+        data = _log_inputs(client, run_id, report["data"], source, options, model_id)
+        _log_metrics(client, run_id, metrics, duration, model_id, data)
+        table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
+        shown = {"mlflow.loggedArtifacts": json.dumps(table), "mlflow.note.content": block}
+        _set_run_tags(client, run_id, tags | shown)
+        client.set_terminated(run_id, "FINISHED")
+        set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
+    return run_id
+
+
+def log_error(
+    source: ModelSource,
+    error: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    experiment: str = EXPERIMENT,
+) -> str | None:
+    """Logs an audit that failed or ran past its deadline (exit code 3): verdict `error`.
+
+    The run is FAILED and holds `flataudit/error.json`; the numbers of an earlier audit are taken
+    off the model. Bad input (exit code 2) is never logged.
+
+    Returns:
+        The id of the run; None where the store failed too, which leaves the old verdict.
+    """
+    options = dict(options or {})
+    found = {"error": error, "model": source.report_fields(), "options": _params(options)}
+    try:
+        with _audit_run(source, options, experiment) as (client, run_id, link):
+            client.log_dict(run_id, found, f"{ARTIFACTS}/error.json")
+            tags = {**_bound_to(source, run_id), VERDICT: "error"}
+            block = f"**flataudit: error.** The audit failed: {error}"
+            _set_run_tags(client, run_id, tags | {"mlflow.note.content": block})
+            client.set_terminated(run_id, "FAILED")
+            model_id = _logged_model_id(client, source)
+            block += f"\n\n[Audit run](<{link}>)"
+            set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
+    except StoreError:
+        return None
+    return run_id
+
+
+def log_training_data(
+    run_id: str, x: Any, y: Any, *, name: str = "train", record: TrainingRecord | None = None
+) -> None:
+    """Logs to a training run what its audit needs: `--train mlflow` and `--training auto`.
+
+    The arrays become the artifact `data/NAME.npz` and the run's input with the context "training"
+    and the tag `sha256`; the record becomes `flataudit/training.json`.
+
+    Raises:
+        InputError: x and y do not fit together.
+        StoreError: the store failed.
+    """
+    import numpy as np
+
+    sha = digest_of(x, y)
+    x, y = np.asarray(x), np.asarray(y)
+    path = Path(scratch_folder()) / f"{name}.npz"
+    np.savez(path, x=x, y=y)
+    with store_errors(f"log the training data to run {run_id}"):
+        from mlflow import MlflowClient
+        from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+        from mlflow.data.numpy_dataset import from_numpy
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        client = MlflowClient()
+        client.log_artifact(run_id, str(path), "data")
+        # MLflow has no source type for a run's own artifacts; "local" downloads them all the same.
+        uri = json.dumps({"uri": f"runs:/{run_id}/data/{path.name}"})
+        source = get_dataset_source_from_json(uri, "local")
+        dataset = from_numpy(x, targets=y, source=source, name=name, digest=sha[:DIGEST])
+        tags = [InputTag("mlflow.data.context", CONTEXTS[0]), InputTag("sha256", sha)]
+        client.log_inputs(run_id, [DatasetInput(Dataset(**dataset.to_dict()), tags)])
+        if record is not None:
+            client.log_dict(run_id, to_json(record.to_record()), TRAINING_ARTIFACT)
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _audit_run(
+    source: ModelSource, options: Mapping[str, Any], experiment: str
+) -> Iterator[tuple[MlflowClient, str, str]]:
+    """A client, a new run's id and its link inside the MLflow UI; FAILED where the block fails."""
+    with store_errors(f"log the audit of {source.uri}"):
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        experiment_id = ensure_experiment(experiment)
+        client = MlflowClient()
+        name = f"{source.name} v{source.version}" if source.name else Path(source.uri).name
+        tags = {URI_TAG: source.uri, "mlflow.source.name": "flataudit"}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=f"audit {name}").info.run_id
+        try:
+            client.log_batch(run_id, params=[Param(k, v) for k, v in _params(options).items()])
+            yield client, run_id, f"#/experiments/{experiment_id}/runs/{run_id}"
+        except BaseException:
+            with suppress(Exception):
+                client.set_terminated(run_id, "FAILED")
+            raise
+
+
+def _rendered(report: dict[str, Any], display: dict[str, Any]) -> str:
+    """A folder with the run's artifacts; made before anything is written to the store."""
+    from flataudit.report import figures, html
+
+    rows = display.get("influence") or []
+    columns = list(rows[0]) if rows else []
+    table = {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}
+    folder = Path(scratch_folder())
+    (folder / "report.html").write_text(html.render(report, display), encoding="utf-8")
+    (folder / "reliability.png").write_bytes(figures.reliability_png(report, display))
+    (folder / "spectrum.png").write_bytes(figures.spectrum_png(report, display))
+    for name, value in (("report", report), ("influence", table)):
+        text = json.dumps(to_json(value), indent=1, allow_nan=False)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def _params(options: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: str(value)[:PARAM_LIMIT]
+        for name, value in options.items()
+        if value is not None and name not in _NOT_OPTIONS
+    }
+
+
+def _log_inputs(
+    client: MlflowClient,
+    run_id: str,
+    data: Mapping[str, Any],
+    source: ModelSource,
+    options: Mapping[str, Any],
+    model_id: str | None,
+) -> Dataset:
+    """Logs data and model as the run's inputs; returns the training data's entity."""
+    from mlflow.entities import DatasetInput, InputTag, LoggedModelInput
+
+    spec = str(options.get("train") or "train")
+    sha = str(data["sha256"])
+    train = training_input(source).dataset if spec == "mlflow" else _dataset(spec, sha)
+    tags = [InputTag("mlflow.data.context", CONTEXTS[0]), InputTag("sha256", sha)]
+    inputs = [DatasetInput(train, tags)]
+    heldout = options.get("heldout")
+    if heldout:
+        other = _dataset(str(heldout), hashlib.sha256(str(heldout).encode()).hexdigest())
+        inputs.append(DatasetInput(other, [InputTag("mlflow.data.context", "heldout")]))
+    models = None if model_id is None else [LoggedModelInput(model_id)]
+    client.log_inputs(run_id, inputs, models)
+    return train
+
+
+def _dataset(spec: str, sha: str) -> Dataset:
+    """MLflow's record of a file, or of a function or of arrays given in Python."""
+    from mlflow.entities import Dataset
+
+    path = Path(spec).expanduser()
+    if path.is_file():
+        where = json.dumps({"uri": str(path.absolute())})
+        return Dataset(path.name, sha[:DIGEST], "local", where)
+    return Dataset(spec, sha[:DIGEST], "code", json.dumps({"tags": {"mlflow.source.name": spec}}))
+
+
+def _log_metrics(
+    client: MlflowClient,
+    run_id: str,
+    metrics: Mapping[str, float],
+    duration: float | None,
+    model_id: str | None,
+    data: Dataset,
+) -> None:
+    """One batch: each metric on the run and, by model_id, on the logged model."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    known = {"model_id": model_id, "dataset_name": data.name, "dataset_digest": data.digest}
+    batch = [Metric(key, value, now, 0, run_id=run_id, **known) for key, value in metrics.items()]
+    if duration is not None and math.isfinite(duration):
+        batch.append(Metric(DURATION, duration, now, 0))
+    client.log_batch(run_id, metrics=batch)
+
+
+def _set_run_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _bound_to(source: ModelSource, run_id: str) -> dict[str, str]:
+    """What binds a verdict to this audit of exactly this model."""
+    return {
+        "flataudit.run_id": run_id,
+        "flataudit.model_id": source.identity,
+        "flataudit.audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _logged_model_id(client: MlflowClient, source: ModelSource) -> str | None:
+    """The model_id where this store knows that model; not for a folder, whose store may differ."""
+    if source.model_id is None or source.kind == "folder":
+        return None
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_logged_model(source.model_id).model_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise

@@ -1,0 +1,81 @@
+"""The audit as a Prefect flow: load -> calibrate and estimate -> log, three tasks, JSON results.
+
+Runs on the embedded server by default, against another by PREFECT_API_URL alone. The stages and
+their order are those of the command line (`flataudit.stages.run_audit`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+
+from flataudit import stages
+from flataudit.config import make_options
+
+Json = dict[str, Any]
+
+
+@task(name="load", persist_result=True, result_serializer="json")
+def load_task(model_uri: str, train: str, heldout: str | None, options: Json) -> Json:
+    """Resolves model, data and training record."""
+    return stages.load(model_uri, train, heldout, options)
+
+
+@task(name="estimate", persist_result=True, result_serializer="json")
+def estimate_task(loaded: Json, options: Json) -> Json:
+    """Audits the model: report and display."""
+    return stages.estimate(loaded, options)
+
+
+@task(name="log", persist_result=True, result_serializer="json")
+def log_task(loaded: Json, result: Json, options: Json) -> str:
+    """Writes the result to MLflow; returns the run id."""
+    return stages.log(loaded, result, options)
+
+
+@flow(
+    name="flataudit-audit", persist_result=True, result_serializer="json", validate_parameters=False
+)
+def audit_flow(
+    model_uri: str,
+    train: str,
+    heldout: str | None = None,
+    target: str | None = None,
+    family: str = "auto",
+    penalty: float | str | dict[str, float] = "auto",
+    dispersion: float | str = "auto",
+    training: str | dict[str, Any] | None = "auto",
+    curvature: str = "ggn",
+    solver: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    recalibrate: bool = False,
+    deadline: float | None = None,
+    tracking_uri: str | None = None,
+) -> Json:
+    """One audit; options and errors as on the command line.
+
+    Returns:
+        {report, display, run_id}: the contract's report JSON, what the figures show, and the
+        MLflow run.
+    """
+    options = make_options(
+        {
+            "target": target,
+            "family": family,
+            "penalty": penalty,
+            "dispersion": dispersion,
+            "training": training,
+            "curvature": curvature,
+            "solver": solver,
+            "device": device,
+            "seed": seed,
+            "recalibrate": recalibrate,
+            "deadline": deadline,
+            "tracking_uri": tracking_uri,
+        },
+        "flow parameters",
+    )
+    as_tasks = stages.Stages(load=load_task, estimate=estimate_task, log=log_task)
+    return stages.run_audit(model_uri, train, heldout, options, stages=as_tasks)
