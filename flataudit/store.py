@@ -56,8 +56,9 @@ def use_tracking(uri: str | None = None) -> str:
         StoreError: a sqlite database that does not exist (MLflow would make an empty one), or an
             embedded store that cannot be made.
     """
-    # No progress bars of MLflow among ours.
+    # No progress bars of MLflow among ours, and no links to runs on stdout: that is for the JSON.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:
         chosen = embedded_store(os.environ.get(STORE_VARIABLE) or DEFAULT_STORE)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from flataudit.errors import InputError
 from flataudit.families import Factor, Family
 
-# Working set of one chunk of samples: large enough for full-speed products, small beside the
-# matrices that the plan counts.
-CHUNK_BYTES = 256 * 2**20
+# Working set of one chunk of samples: large enough for full-speed products, small enough that the
+# allocator reuses its pages (a fresh mapping for every chunk costs more than the arithmetic).
+CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,14 +109,12 @@ class Problem:
         mean = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in self.params.items()}
         second = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in self.params.items()}
         residual = self.family.residual(self.outputs, self.y)
-        for at in self.chunks(2 * self.n_params):
-            rows = _vjp_rows(self, dict(self.params), self.x[at], residual[at][:, None, :])[:, 0]
-            start = 0
-            for name, p in self.params.items():
-                g = rows[:, start : start + p.numel()]
-                mean[name] += g.sum(dim=0).view_as(p)
-                second[name] += (g * g).sum(dim=0).view_as(p)
-                start += p.numel()
+        for at in self.chunks(3 * self.n_params):
+            pulled = _vjp_tensors(self, self.params, self.x[at], residual[at][:, None, :])
+            for name, g in pulled.items():
+                g = g[:, 0].to(torch.float64)
+                mean[name] += g.sum(dim=0)
+                second[name] += g.square_().sum(dim=0)
         n = self.n_samples
         return {k: t / n for k, t in mean.items()}, {k: t / n for k, t in second.items()}
 
@@ -218,14 +216,26 @@ def _vjp_rows(
     problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
 ) -> Tensor:
     """cotangents (c, m, K) times each sample's Jacobian: (c, m, P_chosen) float64."""
-    leaves = {name: p.detach() for name, p in chosen.items()}
+    pulled = _vjp_tensors(problem, chosen, x, cotangents)
+    flat = [pulled[name].reshape(*cotangents.shape[:2], -1) for name in chosen]
+    return torch.cat(flat, dim=2).to(torch.float64)
+
+
+def _vjp_tensors(
+    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+) -> dict[str, Tensor]:
+    """The same by parameter, each (c, m, *shape) in the parameters' own dtype."""
+    # Parameters that are not asked for must not require gradients either: batch norm's vmap rule
+    # would otherwise leave functorch.
+    fixed = {name: p.detach() for name, p in problem.params.items()}
+    leaves = {name: fixed[name] for name in chosen}
     dtype = next(iter(leaves.values())).dtype
 
     def outputs_of(x_i: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
         batch = x_i.unsqueeze(0).expand(problem.repeat, *x_i.shape)
 
         def f(p: dict[str, Tensor]) -> Tensor:
-            out: Tensor = torch.func.functional_call(problem.model, p, (batch,))
+            out: Tensor = torch.func.functional_call(problem.model, fixed | p, (batch,))
             return out[0].reshape(-1)
 
         return f
@@ -237,28 +247,31 @@ def _vjp_rows(
 
     cotangents = cotangents.to(dtype)
     try:
-        pulled = torch.func.vmap(one)(x, cotangents)
+        pulled: dict[str, Tensor] = torch.func.vmap(one)(x, cotangents)
+        return pulled
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError):
         # Data-dependent control flow, recurrent kernels and the like: one sample at a time.
-        return torch.stack(
-            [_sample_rows(problem, chosen, x[i : i + 1], cotangents[i]) for i in range(len(x))]
-        )
-    flat = [pulled[name].reshape(*cotangents.shape[:2], -1) for name in leaves]
-    return torch.cat(flat, dim=2).to(torch.float64)
+        each = [
+            _sample_tensors(problem, chosen, x[i : i + 1], cotangents[i]) for i in range(len(x))
+        ]
+        return {name: torch.stack([tensors[name] for tensors in each]) for name in chosen}
 
 
-def _sample_rows(
+def _sample_tensors(
     problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
-) -> Tensor:
-    """One sample's (m, P_chosen) by plain reverse mode."""
+) -> dict[str, Tensor]:
+    """One sample's (m, *shape) by plain reverse mode."""
     batch = x.expand(problem.repeat, *x.shape[1:])
     out = problem.model(batch)[0].reshape(-1)
-    rows = []
-    for cotangent in cotangents:
-        grads = torch.autograd.grad(
+    rows = [
+        torch.autograd.grad(
             out, list(chosen.values()), cotangent, retain_graph=True, materialize_grads=True
         )
-        rows.append(torch.cat([g.reshape(-1).to(torch.float64) for g in grads]))
-    return torch.stack(rows)
+        for cotangent in cotangents
+    ]
+    return {
+        name: torch.stack(parts)
+        for name, parts in zip(chosen, zip(*rows, strict=True), strict=True)
+    }
