@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from flataudit.errors import FlatauditError, InputError
@@ -22,7 +21,6 @@ from flataudit.errors import FlatauditError, InputError
 app = typer.Typer(
     help="Audits a registered model: how much worse it will do on unseen data, and whether to"
     " rely on that prediction.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -57,7 +55,7 @@ def audit(
     target: Annotated[str, typer.Option(help="target column of tables")] = "",
     family: Annotated[
         str, typer.Option(help="auto, categorical, bernoulli, gaussian or poisson")
-    ] = "auto",
+    ] = "",
     penalty: Annotated[str, typer.Option(help="auto, or the weight decay of the mean loss")] = "",
     dispersion: Annotated[str, typer.Option(help="auto, or the Gaussian variance")] = "",
     training: Annotated[
@@ -86,7 +84,7 @@ def audit(
     from_file = read_options(Path(config)) if config else {}
     given = {
         "target": target,
-        "family": "" if family == "auto" else family,
+        "family": family,
         "penalty": _number(penalty),
         "dispersion": _number(dispersion),
         "training": training,
@@ -96,12 +94,10 @@ def audit(
         "deadline": deadline,
         "tracking_uri": tracking_uri,
     }
-    given = {key: value for key, value in given.items() if value not in (None, "", "auto")}
+    given = {key: value for key, value in given.items() if value not in (None, "")}
     options = make_options({**from_file, **given}, "the options")
-    if json_file not in ("", "-") and not Path(json_file).parent.is_dir():
-        raise InputError(
-            f"expected --json to name a file in an existing folder, got {json_file}; make it first"
-        )
+    if json_file not in ("", "-"):
+        _check_writable(Path(json_file))
     with _Stages() as show:
         stages = Stages(estimate=lambda loaded, values: estimate(loaded, values, show.stage))
         result = run_audit(
@@ -135,16 +131,29 @@ def main() -> None:
     """The console script: runs a command and turns errors into one line and an exit code."""
     _quiet()
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="flataudit", standalone_mode=False)
     except FlatauditError as error:
         code = _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted", 130)
-    except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
+    except Exception as error:
+        code = _fail(*_explained(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line and the exit code for a command line that does not parse, or for a bug."""
+    message: Any = getattr(error, "format_message", None)  # of typer's errors, whatever their base
+    if message is not None:
+        context = getattr(error, "ctx", None)
+        command = "flataudit" if context is None else context.command_path
+        return f"{message().rstrip('.')}; see {command} --help", 2
+    if os.environ.get("FLATAUDIT_DEBUG"):
+        raise error
+    return (
+        f"expected the command to complete, got {type(error).__name__}: {error}; set"
+        " FLATAUDIT_DEBUG=1 for the traceback"
+    ), 3
 
 
 def _fail(message: str, code: int) -> int:
@@ -170,16 +179,38 @@ def _number(text: str) -> float | str:
         return text
 
 
+def _check_writable(path: Path) -> None:
+    """InputError, before any work, where the report could not be written to `path`."""
+    if path.is_dir():
+        raise InputError(
+            f"expected --json to name a file, got the folder {path}; name a file in it"
+        )
+    part = _part(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        _part(path).write_text(text, encoding="utf-8")
+        os.replace(_part(path), path)
     except OSError as error:
-        raise InputError(
-            f"expected --json to name a writable file, got {path}: {error.strerror}; choose another"
-        ) from None
+        raise _not_writable(path, error) from None
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def _not_writable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"expected --json to name a writable file in an existing folder, got {path}:"
+        f" {error.strerror}; choose another"
+    )
 
 
 class _Stages:

@@ -30,7 +30,7 @@ class AuditOptions(BaseModel):
     device: str = "auto"
     seed: int = 0
     recalibrate: bool = False
-    deadline: float | None = Field(default=None, gt=0)
+    deadline: float | None = Field(default=None, gt=0, le=1e6)  # seconds; above, timers overflow
     tracking_uri: str | None = None
 
 
@@ -40,15 +40,21 @@ def make_options(values: dict[str, Any], origin: str = "options") -> AuditOption
     Raises:
         InputError: names the origin, the field, and what was expected.
     """
-    given = {key: value for key, value in values.items() if value not in (None, "")}
+    given = {str(key): value for key, value in values.items() if value not in (None, "")}
     try:
         return AuditOptions(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][:1])
+        field = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(AuditOptions.model_fields)
+            raise InputError(
+                f"unknown option {field!r} in {origin}; choose from: {known}"
+            ) from None
+        expected = first["msg"].removeprefix("Input should be ")
         raise InputError(
-            f"{origin}: {field}: {first['msg']}, got {first['input']!r}; choose from:"
-            f" {', '.join(AuditOptions.model_fields)}"
+            f"expected {field} in {origin} to be {expected}, got {first['input']!r}; see flataudit"
+            " audit --help"
         ) from None
 
 
@@ -62,7 +68,7 @@ def read_options(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"expected a YAML file, got none at {path}; check --config") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"expected valid YAML in {path}, got: {reason}") from None
     if not isinstance(values, dict):

@@ -22,6 +22,12 @@ from flataudit.config import AuditOptions
 from flataudit.errors import AuditFailedError, DeadlineError, FlatauditError, InputError
 
 Json = dict[str, Any]
+_DATA_MISMATCH = {
+    "code": "data_mismatch",
+    "severity": "high",
+    "message": "the sha256 of the training data differs from the one logged with it: they have"
+    " changed since training; audit the data that the model was trained on",
+}
 Progress = Callable[[str], None]
 
 
@@ -182,6 +188,8 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
     )
     report = found.to_dict()
     report["model"] |= source.report_fields()
+    if train.tag_sha256 not in (None, report["data"]["sha256"]):
+        report["warnings"].insert(0, _DATA_MISMATCH)
     if report["penalty"]["source"] == "evidence":
         report["penalty"]["assumptions"].append(f"no training record: {loaded['training_origin']}")
     seconds = time.perf_counter() - started

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flataudit.curvature.problem import Problem, evaluate
+from flataudit.curvature.problem import CHUNK_BYTES, Problem, evaluate
 
 TILE_ROWS = 1152  # rows of M per tile: a tile of float64 stays near the last-level cache
 GROUP_BYTES = 2 * 2**30  # explicit rows held at once, N x columns
@@ -51,15 +51,20 @@ class _Layer:
 
 def gram_bytes(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
     """Planned peak bytes of `gram`: M, free columns, one group of rows, the layers' inputs."""
-    n_free = sum(p.numel() for name, p in problem.params.items() if not penalty[name].any())
-    largest = min(GROUP_BYTES, 8 * problem.n_rows * problem.n_params)
+    free = [name for name in problem.params if not bool(penalty[name].any())]
+    hadamard = [layer for layer in _layers(problem) if not layer.explicit]
+    names = {name for layer in hadamard for name in (layer.weight, layer.bias)}
+    in_rows = [problem.params[name].numel() for name in problem.params if name not in names]
+    group = min(GROUP_BYTES, 8 * problem.n_rows * sum(in_rows))
     layered = 8 * sum(
         problem.n_samples * layer.module.weight.shape[1]
         + problem.n_rows * layer.module.weight.shape[0]
-        for layer in _layers(problem)
-        if not layer.explicit
+        for layer in hadamard
     )
-    return 8 * problem.n_rows * (problem.n_rows + 2 * n_free) + largest + layered
+    n_free = sum(problem.params[name].numel() for name in free)
+    matrices = 8 * problem.n_rows * (problem.n_rows + 4 * n_free)
+    # Layers and groups are summed one after the other; a group is scaled and cut in copies.
+    return matrices + max(2 * layered, 2 * group) + 4 * CHUNK_BYTES
 
 
 def gram(problem: Problem, penalty: Mapping[str, Tensor]) -> Gram:
