@@ -1,10 +1,10 @@
 """How long does a whole exact audit take, in Choleskys of the same size?
 
-Each case runs in a process of its own: a network trained on Fashion-MNIST, audited by the dual solver
-with leave-one-out and calibration, beside one `torch.linalg.cholesky` of an N x N matrix, N = n (K-1),
-in the same process and with the same threads. The limit is about 2: a Cholesky and a triangular
-inverse. The recalibrated soft rank, a second factorisation where the decision list asks for one, is timed
-apart.
+Each case runs in a process of its own: a network trained on Fashion-MNIST, audited by the dual
+solver with leave-one-out and calibration, beside `torch.linalg.cholesky` of an N x N matrix,
+N = n (K - 1), in the same process and with the same threads. The limit is about 2: a Cholesky and a
+triangular inverse. The recalibrated soft rank, a second factorisation where the decision list asks
+for one, is timed apart.
 
     python benchmarks/exact_audit.py [--data FOLDER] [--quick]
 
@@ -168,17 +168,13 @@ def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     import torch
 
-    info = Path("/proc/cpuinfo")
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    named = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return {
-        "processor": model,
+        "processor": named[0] if named else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),

@@ -332,7 +332,8 @@ def _dispersion(value: float | str) -> float:
         return float(value)
     except ValueError:
         raise InputError(
-            f"expected dispersion to be 'auto' or a number above 0, got {value!r}"
+            f"expected dispersion to be 'auto' or a number above 0, got {value!r}; give the"
+            " variance"
         ) from None
 
 

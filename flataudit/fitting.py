@@ -70,7 +70,14 @@ def penalised_fit(
     automatic = gaussian and dispersion == "auto"
     if automatic:
         problem = problem.with_family(Gaussian(_residual_variance(problem, 0.0)))
+    # The plan first: nothing is computed for an audit that cannot be finished.
+    choose(solver, problem, _provisional(problem, penalty))
     moments = GradientMoments(*problem.gradient_moments())
+    if not math.isfinite(moments.trace):
+        raise InputError(
+            "expected finite derivatives of the model's outputs, got NaN or infinity; look for"
+            " square roots, norms and logarithms at zero"
+        )
     for _ in range(MAX_ROUNDS):
         resolved = _resolve(problem, penalty, record, moments, solver)
         choice = choose(solver, problem, resolved.total)
@@ -118,6 +125,12 @@ def penalised_fit(
         _solver_info(choice, problem, time.perf_counter() - started),
         residual,
     )
+
+
+def _provisional(problem: Problem, penalty: PenaltyArgument) -> Mapping[str, Tensor]:
+    """A penalty with the final one's free parameters, which is all that a plan depends on."""
+    given = 1.0 if isinstance(penalty, str) and penalty == "auto" else penalty
+    return penalties.from_argument(given, problem.params)
 
 
 def _resolve(

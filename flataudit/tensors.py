@@ -77,6 +77,7 @@ def _tensor(value: Any, name: str) -> Tensor:
                 f"expected numbers in {name}, got dtype {array.dtype}; encode text and objects"
             )
         # torch knows few unsigned types; a copy also drops read-only and negative strides.
-        array = array.astype(np.int64) if array.dtype.kind == "u" else array.copy()
+        native = {"u": np.int64, "f": np.float64}.get(array.dtype.kind)
+        array = array.astype(native or array.dtype.newbyteorder("="))
         tensor = torch.from_numpy(array)
     return tensor.to(torch.float64) if tensor.is_floating_point() else tensor

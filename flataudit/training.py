@@ -197,9 +197,13 @@ def _read_file(path: Path) -> dict[str, Any]:
             values = yaml.safe_load(text)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"expected valid YAML or JSON in {path}, got: {reason}") from error
+        raise InputError(
+            f"expected valid YAML or JSON in {path}, got: {reason}; check the file"
+        ) from error
     if not isinstance(values, dict):
-        raise InputError(f"expected keys and values in {path}, got {type(values).__name__}")
+        raise InputError(
+            f"expected keys and values in {path}, got {type(values).__name__}; see {KEYS}"
+        )
     return values
 
 

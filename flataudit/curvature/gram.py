@@ -130,15 +130,16 @@ def _layers(problem: Problem) -> list[_Layer]:
 
     def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         calls[id(module)] += 1
-        shapes[id(module)] = args[0].ndim if args and args[0].shape[:1] == batch.shape[:1] else -1
+        fits = bool(args) and args[0].shape[:1] == batch.shape[:1]
+        shapes[id(module)] = args[0].ndim if fits and shapes.get(id(module), 0) >= 0 else -1
 
-    batch = problem.x[:2]
     candidates = [m for m in problem.model.modules() if _supported(m)]
     for module in candidates:
         handles.append(module.register_forward_hook(count))
     try:
         with torch.no_grad():
-            problem.model(batch)
+            for batch in (problem.x[:1], problem.x[:2]):  # two sizes: a sequence may be as long
+                problem.model(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -146,7 +147,7 @@ def _layers(problem: Problem) -> list[_Layer]:
         assert isinstance(module, nn.Linear | nn.Conv2d)
         own = [module.weight] + ([] if module.bias is None else [module.bias])
         ndim = shapes.get(id(module), -1)
-        if calls[id(module)] != 1 or ndim < 0 or (isinstance(module, nn.Conv2d) and ndim != 4):
+        if calls[id(module)] != 2 or ndim < 0 or (isinstance(module, nn.Conv2d) and ndim != 4):
             continue
         if any(owners[id(p)] != 1 or id(p) not in names for p in own):
             continue
@@ -220,7 +221,12 @@ def _backpropagate(
         last = j == problem.n_columns - 1
         columns.append(
             torch.autograd.grad(
-                out, [tape.outputs[k] for k in names], root[:, :, j], retain_graph=not last
+                out,
+                [tape.outputs[k] for k in names],
+                root[:, :, j],
+                retain_graph=not last,
+                allow_unused=True,
+                materialize_grads=True,
             )
         )
     for layer in layers:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flataudit.errors import InputError
+from flataudit.errors import InputError, MemoryPlanError
 from flataudit.families import Factor, Family
+from flataudit.memory import available_bytes, human
 
 # Working set of one chunk of samples: large enough for full-speed products, small enough that the
 # allocator reuses its pages (a fresh mapping for every chunk costs more than the arithmetic).
@@ -114,7 +116,7 @@ class Problem:
             for name, g in pulled.items():
                 g = g[:, 0].to(torch.float64)
                 mean[name] += g.sum(dim=0)
-                second[name] += g.square_().sum(dim=0)
+                second[name] += g.square().sum(dim=0)
         n = self.n_samples
         return {k: t / n for k, t in mean.items()}, {k: t / n for k, t in second.items()}
 
@@ -132,6 +134,8 @@ class Problem:
         with torch.no_grad():
             ends = evaluate(self.model, x) + evaluate(self.model, x, other)
             halfway = 2 * evaluate(self.model, x, middle)
+        if self.family.name == "categorical":  # softmax ignores a constant, log p differs by one
+            ends, halfway = (f - f.mean(dim=1, keepdim=True) for f in (ends, halfway))
         tolerance = 1e-9 if next(iter(self.params.values())).dtype == torch.float64 else 1e-4
         return bool(torch.allclose(ends, halfway, rtol=tolerance, atol=tolerance))
 
@@ -152,6 +156,7 @@ def make_problem(
             " flatness is undefined without parameters"
         )
     outputs = predict(model, x, chunk_size=chunk_size)
+    _plan_factor(outputs)
     if not bool(torch.isfinite(outputs).all()):
         bad = int((~torch.isfinite(outputs)).any(dim=1).sum())
         raise InputError(
@@ -161,6 +166,18 @@ def make_problem(
     repeat = _smallest_batch(model, x, outputs)
     factor = family.factor(outputs, y)
     return Problem(model, params, x, y, family, outputs, factor, chunk_size, repeat)
+
+
+def _plan_factor(outputs: Tensor) -> None:
+    """MemoryPlanError where the square roots S_i alone, (n, K, K) and copies, would not fit."""
+    n, n_outputs = outputs.shape
+    needed, available = 4 * 8 * n * n_outputs**2, available_bytes(outputs.device)
+    if needed > available:
+        raise MemoryPlanError(
+            f"expected the variances of {n} samples with {n_outputs} outputs to fit into"
+            f" {human(available)}, got a plan of {human(needed)}; audit a random subset of the"
+            " training data, or use more memory"
+        )
 
 
 def evaluate(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -181,7 +198,7 @@ def evaluate(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = 
 
 def predict(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> Tensor:
     """Outputs (n, K) float64 in eval mode without gradients, chunk by chunk."""
-    size = chunk_size or 1024
+    size = max(2, chunk_size or 1024)
     starts = list(range(0, len(x), size))
     # A model exported with a batch of at least two must not meet a last chunk of one sample.
     if len(starts) > 1 and len(x) - starts[-1] == 1:
@@ -197,9 +214,7 @@ def _smallest_batch(model: nn.Module, x: Tensor, outputs: Tensor) -> int:
     try:
         with torch.no_grad():
             alone = evaluate(model, x[:1])
-    except InputError:
-        raise
-    except Exception:  # an exported graph's guard may raise anything
+    except Exception:  # an exported graph's guard may raise anything; squeeze() drops the batch
         repeat = 2
         with torch.no_grad():
             alone = evaluate(model, torch.cat([x[:1], x[:1]]))[:1]
@@ -247,7 +262,8 @@ def _vjp_tensors(
 
     cotangents = cotangents.to(dtype)
     try:
-        pulled: dict[str, Tensor] = torch.func.vmap(one)(x, cotangents)
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
+            pulled: dict[str, Tensor] = torch.func.vmap(one)(x, cotangents)
         return pulled
     except torch.OutOfMemoryError:
         raise

@@ -39,29 +39,16 @@ class PreparedModel:
     notes: tuple[str, ...] = ()
 
 
-class LogProbabilities(nn.Module):
+# Hooks, not wrappers: a wrapper would rename the parameters that penalties are given by.
+def _log_probabilities(module: nn.Module, args: object, p: Tensor) -> Tensor:
     """A network that outputs class probabilities, read as its natural parameters log p."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        p: Tensor = self.network(x)
-        return torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))
+    return torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))
 
 
-class LogOdds(nn.Module):
+def _log_odds(module: nn.Module, args: object, p: Tensor) -> Tensor:
     """A network that ends in a sigmoid, read as its logit."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        p: Tensor = self.network(x)
-        tiny = torch.finfo(p.dtype).tiny
-        return torch.log(p.clamp_min(tiny)) - torch.log((1.0 - p).clamp_min(tiny))
+    tiny = torch.finfo(p.dtype).tiny
+    return torch.log(p.clamp_min(tiny)) - torch.log((1.0 - p).clamp_min(tiny))
 
 
 def prepare(model: Any, x: Tensor, device: torch.device) -> PreparedModel:
@@ -75,6 +62,11 @@ def prepare(model: Any, x: Tensor, device: torch.device) -> PreparedModel:
     """
     if not isinstance(model, nn.Module):
         raise InputError(_unsupported(model))
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "expected an eager or exported network, got a TorchScript one, whose parameters cannot"
+            " be swapped; log the eager module, or torch.export it"
+        )
     refuse_training_export(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
@@ -111,10 +103,10 @@ def prepare(model: Any, x: Tensor, device: torch.device) -> PreparedModel:
     if outputs.shape[1] == 0:
         raise InputError("expected at least one model output per sample, got none; check the model")
     if outputs.shape[1] > 1 and _sums_to_one(outputs):
-        module = LogProbabilities(module)
+        module.register_forward_hook(_log_probabilities)
         notes.append("the outputs are probabilities: log p are the natural parameters")
     elif outputs.shape[1] == 1 and _ends_in_sigmoid(module):
-        module = LogOdds(module)
+        module.register_forward_hook(_log_odds)
         notes.append("the output is a probability: its log odds are the natural parameter")
     return PreparedModel(module, dtype, tuple(notes))
 

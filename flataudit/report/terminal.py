@@ -15,7 +15,8 @@ def render(report: dict[str, Any]) -> str:
     """The answer, then the reasons, then the warnings with what to do first."""
     confidence, gap = report["confidence"], report["gap"]
     name = report["model"]["uri"] or "model"
-    lines = [f"{name}: {words.verdict(report).upper()} (confidence {confidence})", ""]
+    first = f"{name}: {words.verdict(report).upper()} (confidence {confidence})"
+    lines = [*textwrap.wrap(first, WIDTH, break_on_hyphens=False), ""]
     lines += _row("gap", f"{words.gap_text(report)} nats per example, by {gap['estimator']}")
     predicted = report["predicted_test_nll"]
     test = words.interval(predicted["value"], predicted["low"], predicted["high"])

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from flataudit.curvature.problem import Problem
 from flataudit.errors import InputError, MemoryPlanError
+from flataudit.memory import available_bytes, human
 from flataudit.solvers.base import FunctionalVariance, Penalty, Solver
 from flataudit.solvers.dual import Dual
-from flataudit.solvers.memory import available_bytes, human
 from flataudit.solvers.primal import Primal
 
 __all__ = ["SOLVERS", "Choice", "FunctionalVariance", "Solver", "choose", "select"]
@@ -58,9 +58,12 @@ def select(name: str, n_params: int, n_rows: int, plans: dict[str, int], availab
     if name != "auto":
         if plans[name] > available:
             other = "dual" if name == "primal" else "primal"
+            instead = (
+                f"solver={other} ({human(plans[other])}), " if plans[other] <= available else ""
+            )
             raise MemoryPlanError(
                 f"expected solver={name} to fit into {human(available)}, got a plan of"
-                f" {human(plans[name])}; use solver={other} ({human(plans[other])}), fewer samples"
+                f" {human(plans[name])}; use {instead}fewer samples"
                 " or more memory"
             )
         return Choice(name, f"asked for; {compared}", plans[name])

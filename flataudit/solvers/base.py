@@ -57,8 +57,11 @@ def pseudo_inverse_root(c: Tensor) -> Tensor:
     """
     if not len(c):
         return c
-    values, vectors = torch.linalg.eigh(c)
+    # Unit diagonal first: features of very different scale are no null space.
+    scale = c.diagonal().clamp_min(0.0).sqrt()
+    scale = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    values, vectors = torch.linalg.eigh(scale[:, None] * c * scale)
     floor = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
     keep = values > 8 * floor
-    root: Tensor = vectors[:, keep] * values[keep].rsqrt()
+    root: Tensor = scale[:, None] * vectors[:, keep] * values[keep].rsqrt()
     return root

@@ -27,8 +27,10 @@ def network(*head: nn.Module, outputs: int = 3) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs), *head)
 
 
-def exported(model: nn.Module, x: Tensor = X[:4].float()) -> nn.Module:
-    return export(model, (x,), dynamic_shapes=({0: Dim("n", min=2, max=4096)},)).module()
+def exported(model: nn.Module) -> nn.Module:
+    return export(
+        model, (X[:4].float(),), dynamic_shapes=({0: Dim("n", min=2, max=4096)},)
+    ).module()
 
 
 class CastsToHalf(nn.Module):
@@ -125,7 +127,7 @@ def test_logits_that_happen_to_be_positive_are_logits():
     assert prepare(network(nn.Softplus(), outputs=1), X, CPU).notes == ()
 
 
-# --- exported graphs ----------------------------------------------------------------------------------
+# --- exported graphs ----------------------------------------------------------------------------
 
 
 def test_exported_graph_is_the_module():
@@ -157,7 +159,7 @@ def test_exported_in_training_mode_is_refused(layer):
     refuse_training_export(model.train())  # a module: its copy is put in eval mode
 
 
-# --- refusals -----------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_refused(model, parts):
 
 def test_torchscript_is_refused():
     """torch.func cannot swap the parameters of a compiled module: say so, not a traceback."""
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         scripted = torch.jit.script(network().eval())
     with pytest.raises(InputError, match=r"expected .* got .*;"):
         prepare(scripted, X, CPU)
