@@ -16,15 +16,21 @@ Only the upper triangle (C order) of M is filled: LAPACK reads it as the lower o
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flataudit.curvature.problem import CHUNK_BYTES, Problem, evaluate
+from flataudit.curvature.layers import (
+    Layer,
+    as_positions,
+    backpropagate,
+    capture,
+    find_layers,
+    forward_chunks,
+)
+from flataudit.curvature.problem import CHUNK_BYTES, Problem
 
 TILE_ROWS = 1152  # rows of M per tile: a tile of float64 stays near the last-level cache
 GROUP_BYTES = 2 * 2**30  # explicit rows held at once, N x columns
@@ -39,20 +45,10 @@ class Gram:
     trace_ggn: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A module whose rows follow from its input and its output's gradient."""
-
-    module: nn.Linear | nn.Conv2d
-    weight: str
-    bias: str | None
-    explicit: bool  # rows formed (convolutions, sequences); else the Hadamard form
-
-
 def gram_bytes(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
     """Planned peak bytes of `gram`: M, free columns, one group of rows, the layers' inputs."""
     free = [name for name in problem.params if not bool(penalty[name].any())]
-    hadamard = [layer for layer in _layers(problem) if not layer.explicit]
+    hadamard = [layer for layer in trusted_layers(problem) if not layer.explicit]
     names = {name for layer in hadamard for name in (layer.weight, layer.bias)}
     in_rows = [problem.params[name].numel() for name in problem.params if name not in names]
     group = min(GROUP_BYTES, 8 * problem.n_rows * sum(in_rows))
@@ -62,7 +58,8 @@ def gram_bytes(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
         for layer in hadamard
     )
     n_free = sum(problem.params[name].numel() for name in free)
-    matrices = 8 * problem.n_rows * (problem.n_rows + 4 * n_free)
+    # M, the free columns with their images, and one strip of an outer product.
+    matrices = 8 * problem.n_rows * (problem.n_rows + 4 * n_free + 2 * TILE_ROWS)
     # Layers and groups are summed one after the other; a group is scaled and cut in copies.
     return matrices + max(2 * layered, 2 * group) + 4 * CHUNK_BYTES
 
@@ -73,11 +70,11 @@ def gram(problem: Problem, penalty: Mapping[str, Tensor]) -> Gram:
     penalty: D by parameter name, each with the parameter's shape, zero throughout or positive
     throughout. Returns M with the upper triangle filled and zeros below.
     """
-    layers = _trusted_layers(problem)
+    layers = trusted_layers(problem)
     return _assemble(problem, penalty, layers)
 
 
-def _assemble(problem: Problem, penalty: Mapping[str, Tensor], layers: list[_Layer]) -> Gram:
+def _assemble(problem: Problem, penalty: Mapping[str, Tensor], layers: list[Layer]) -> Gram:
     n_rows = problem.n_rows
     matrix = torch.zeros(n_rows, n_rows, dtype=torch.float64, device=problem.device)
     free = [name for name in problem.params if not bool(penalty[name].any())]
@@ -87,7 +84,7 @@ def _assemble(problem: Problem, penalty: Mapping[str, Tensor], layers: list[_Lay
     rest = [name for name in problem.params if name not in in_layers and name not in free]
     trace = 0.0
 
-    inputs, deltas = _capture(problem, hadamard)
+    inputs, deltas = capture(problem, hadamard)
     for layer in hadamard:
         a, delta = inputs[layer.weight], deltas[layer.weight]
         square = delta.square().sum(dim=2)
@@ -112,61 +109,9 @@ def _assemble(problem: Problem, penalty: Mapping[str, Tensor], layers: list[_Lay
     return Gram(matrix, b0, trace)
 
 
-# --- which modules can be taken layer by layer -------------------------------------------------
-
-
-def _layers(problem: Problem) -> list[_Layer]:
-    """Linear and Conv2d modules whose parameters belong to them alone and which run once."""
-    if problem.repeat != 1:  # an exported graph: its submodules are untyped
-        return []
-    owners = Counter(
-        id(p) for module in problem.model.modules() for p in module.parameters(recurse=False)
-    )
-    names = {id(p): name for name, p in problem.params.items()}
-    found = []
-    calls: Counter[int] = Counter()
-    shapes: dict[int, int] = {}
-    handles = []
-
-    def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        calls[id(module)] += 1
-        fits = bool(args) and args[0].shape[:1] == batch.shape[:1]
-        shapes[id(module)] = args[0].ndim if fits and shapes.get(id(module), 0) >= 0 else -1
-
-    candidates = [m for m in problem.model.modules() if _supported(m)]
-    for module in candidates:
-        handles.append(module.register_forward_hook(count))
-    try:
-        with torch.no_grad():
-            for batch in (problem.x[:1], problem.x[:2]):  # two sizes: a sequence may be as long
-                problem.model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for module in candidates:
-        assert isinstance(module, nn.Linear | nn.Conv2d)
-        own = [module.weight] + ([] if module.bias is None else [module.bias])
-        ndim = shapes.get(id(module), -1)
-        if calls[id(module)] != 2 or ndim < 0 or (isinstance(module, nn.Conv2d) and ndim != 4):
-            continue
-        if any(owners[id(p)] != 1 or id(p) not in names for p in own):
-            continue
-        bias = None if module.bias is None else names[id(module.bias)]
-        explicit = isinstance(module, nn.Conv2d) or ndim != 2
-        found.append(_Layer(module, names[id(module.weight)], bias, explicit))
-    return found
-
-
-def _supported(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
-        plain = module.groups == 1 and module.padding_mode == "zeros"
-        return plain and not isinstance(module.padding, str)
-    return type(module) is nn.Linear
-
-
-def _trusted_layers(problem: Problem) -> list[_Layer]:
+def trusted_layers(problem: Problem) -> list[Layer]:
     """The layers, if three samples' layered Gram equals the Jacobian route's; else none."""
-    layers = _layers(problem)
+    layers = find_layers(problem)
     if not layers:
         return layers
     n = problem.n_samples
@@ -179,90 +124,13 @@ def _trusted_layers(problem: Problem) -> list[_Layer]:
     return layers if float((layered - plain).abs().max()) <= tolerance else []
 
 
-# --- activations and backpropagated deltas ------------------------------------------------------
-
-
-class _Tape:
-    """Records one call's input and output of each layer."""
-
-    def __init__(self, layers: list[_Layer]) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self._handles = [
-            layer.module.register_forward_hook(self._hook(layer.weight)) for layer in layers
-        ]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            self.inputs[name], self.outputs[name] = args[0].detach(), out
-            # The clone goes on: an in-place activation must not overwrite what is recorded.
-            return out.clone()
-
-        return hook
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _backpropagate(
-    problem: Problem, layers: list[_Layer], at: slice
-) -> Iterator[tuple[_Layer, Tensor, Tensor]]:
-    """Per layer its input (c, ...) and deltas (c, K', ...) for the rows of B at `at`."""
-    tape = _Tape(layers)
-    try:
-        out = evaluate(problem.model, problem.x[at])
-    finally:
-        tape.close()
-    names = list(tape.outputs)
-    root = problem.factor.root[at] * problem.n_samples**-0.5
-    columns = []
-    for j in range(problem.n_columns):
-        last = j == problem.n_columns - 1
-        columns.append(
-            torch.autograd.grad(
-                out,
-                [tape.outputs[k] for k in names],
-                root[:, :, j],
-                retain_graph=not last,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-    for layer in layers:
-        index = names.index(layer.weight)
-        delta = torch.stack([column[index] for column in columns], dim=1).to(torch.float64)
-        yield layer, tape.inputs[layer.weight].to(torch.float64), delta
-
-
-def _capture(problem: Problem, layers: list[_Layer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All samples' inputs (n, in) and deltas (n, K', out) of the Hadamard layers."""
-    inputs: dict[str, list[Tensor]] = {layer.weight: [] for layer in layers}
-    deltas: dict[str, list[Tensor]] = {layer.weight: [] for layer in layers}
-    if not layers:
-        return {}, {}
-    for at in _forward_chunks(problem):
-        for layer, a, delta in _backpropagate(problem, layers, at):
-            inputs[layer.weight].append(a)
-            deltas[layer.weight].append(delta)
-    return (
-        {name: torch.cat(parts) for name, parts in inputs.items()},
-        {name: torch.cat(parts) for name, parts in deltas.items()},
-    )
-
-
-def _forward_chunks(problem: Problem) -> Iterator[slice]:
-    """Chunks whose inputs, activations and deltas together stay near CHUNK_BYTES."""
-    yield from problem.chunks(32 * (math.prod(problem.x.shape[1:]) + 64 * problem.n_columns))
-
-
 # --- explicit rows --------------------------------------------------------------------------------
 
 
 def _explicit_groups(
     problem: Problem,
     penalty: Mapping[str, Tensor],
-    layers: list[_Layer],
+    layers: list[Layer],
     rest: list[str],
     free: list[str],
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -316,14 +184,14 @@ def _plain_rows(problem: Problem, names: list[str], cut: slice) -> Tensor:
 
 
 def _layer_rows(
-    problem: Problem, penalty: Mapping[str, Tensor], layer: _Layer, cut: slice, free: list[str]
+    problem: Problem, penalty: Mapping[str, Tensor], layer: Layer, cut: slice, free: list[str]
 ) -> tuple[Tensor, Tensor]:
     """Rows of one convolution or sequence layer for the output channels in `cut`."""
     k = problem.n_columns
     parts = []
-    for at in _forward_chunks(problem):
-        for _, a, delta in _backpropagate(problem, [layer], at):
-            patches, delta = _as_positions(layer.module, a, delta)
+    for at in forward_chunks(problem):
+        for _, a, delta in backpropagate(problem, [layer], at):
+            patches, delta = as_positions(layer.module, a, delta)
             delta = delta[..., cut, :]
             blocks = []
             if layer.weight not in free:
@@ -343,20 +211,6 @@ def _layer_rows(
     return torch.cat(parts), torch.cat(weight)
 
 
-def _as_positions(module: nn.Linear | nn.Conv2d, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs as (c, in, t) patches and deltas as (c, K', out, t) over positions t."""
-    if isinstance(module, nn.Conv2d):
-        patches = torch.nn.functional.unfold(
-            a,
-            module.kernel_size,
-            dilation=module.dilation,
-            padding=module.padding,  # type: ignore[arg-type]  # strings are sorted out before
-            stride=module.stride,
-        )
-        return patches, delta.flatten(3)
-    return a.flatten(1, -2).mT, delta.flatten(2, -2).mT
-
-
 # --- filling the upper triangle -----------------------------------------------------------------
 
 
@@ -368,7 +222,7 @@ class _Inverse:
     bias: Tensor | None
 
 
-def _inverse(penalty: Mapping[str, Tensor], layer: _Layer, free: list[str]) -> _Inverse:
+def _inverse(penalty: Mapping[str, Tensor], layer: Layer, free: list[str]) -> _Inverse:
     weight: float | Tensor | None = None
     if layer.weight not in free:
         d = penalty[layer.weight]

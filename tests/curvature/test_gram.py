@@ -24,7 +24,7 @@ def by_jacobian(built: Built) -> torch.Tensor:
 
 
 def layer_names(built: Built) -> tuple[str, ...]:
-    return tuple(layer.weight for layer in module._trusted_layers(built.problem))
+    return tuple(layer.weight for layer in module.trusted_layers(built.problem))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
