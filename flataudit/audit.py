@@ -9,6 +9,7 @@ believe, how far, and what to warn of. Source: arXiv 2506.17809; docs/method.md 
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import types
@@ -348,4 +349,5 @@ class _CallableModule(types.ModuleType):
         return audit(*args, **kwargs)
 
 
+__signature__ = inspect.signature(audit)  # of the module, which stands in for the function
 sys.modules[__name__].__class__ = _CallableModule

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ def _estimate_within(deadline: float, loaded: Json, options: Json) -> Json:
     with tempfile.TemporaryDirectory(prefix="flataudit-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"loaded": loaded, "options": options}), encoding="utf-8")
-        command = [sys.executable, "-m", "flataudit.stages", str(request), str(answer)]
+        files = [str(request), str(answer)]
+        command = [sys.executable, "-m", "flataudit.stages", *files, str(os.getpid())]
         try:
             child = subprocess.run(
                 command, timeout=deadline, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -245,5 +247,13 @@ def _child(request: Path, answer: Path) -> None:
     os.replace(part, answer)
 
 
+def _end_after(parent: int) -> None:
+    """Ends this process when its parent has gone, who alone keeps the deadline."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_after, args=(int(sys.argv[3]),), daemon=True).start()
     _child(Path(sys.argv[1]), Path(sys.argv[2]))

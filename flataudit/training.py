@@ -187,8 +187,8 @@ def _is_file(path: Path) -> bool:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".json":
             values = json.loads(text)
         else:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +75,9 @@ def run_demo(folder: Path) -> list[Json]:
         highlight=False,
         soft_wrap=True,
     )
-    store = os.path.relpath(folder / "mlflow.db")
+    store = shlex.quote(f"sqlite:///{os.path.relpath(folder / 'mlflow.db')}")
     console.print("Open the audits in the MLflow UI:")
-    command = f"ui --backend-store-uri sqlite:///{store} --port 5000"
+    command = f"ui --backend-store-uri {store} --port 5000"
     console.print(f"  {_program('mlflow')} {command}", soft_wrap=True, highlight=False)
     return rows
 
@@ -199,12 +202,28 @@ def _compare(case: Case, network: nn.Module, x: Tensor, uri: str, found: Json) -
         "true_accuracy": float(hit.mean()),
         "predicted_accuracy": report["predicted_accuracy"],
         "true_confidence_gap": float((confidence - hit).mean()),
-        "predicted_confidence_gap": report["calibration"]["confidence_gap"],
+        "predicted_confidence_gap": _confidence_gap(report),
         "verdict": report["calibration"]["verdict"],
         "direction": report["calibration"]["direction"],
         "confidence": report["confidence"],
         "run_id": found["run_id"],
     }
+
+
+def _confidence_gap(report: Json) -> Json:
+    """The predicted confidence gap with its 90 % interval.
+
+    The report's own interval, which decides the direction, is wider by a known factor.
+    """
+    from statistics import NormalDist
+
+    from flataudit.calibration import CalibrationPolicy
+
+    value = report["calibration"]["confidence_gap"]
+    low, high = report["calibration"]["confidence_gap_ci"]
+    factor = NormalDist().inv_cdf(0.95) / CalibrationPolicy().direction_z
+    half = factor * (high - low) / 2
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def _table(rows: list[Json]) -> Any:
@@ -226,7 +245,8 @@ def _table(rows: list[Json]) -> Any:
         ("accuracy", [percent(row["predicted_accuracy"]["value"]) for row in rows]),
         ("  90 % interval", [_ends(row["predicted_accuracy"], 100.0) for row in rows]),
         ("  true", [percent(row["true_accuracy"]) for row in rows]),
-        ("confidence gap", [f"{row['predicted_confidence_gap']:+.3f}" for row in rows]),
+        ("confidence gap", [f"{row['predicted_confidence_gap']['value']:+.3f}" for row in rows]),
+        ("  90 % interval", [_ends(row["predicted_confidence_gap"], 1.0) for row in rows]),
         ("  true", [f"{row['true_confidence_gap']:+.3f}" for row in rows]),
         ("calibration", [row["verdict"] for row in rows]),
         ("  direction", [row["direction"] for row in rows]),
@@ -243,11 +263,10 @@ def _ends(found: Json, scale: float) -> str:
 
 
 def _program(name: str) -> str:
-    """The program beside this Python where there is one: the virtual environment's own."""
-    import sys
-
+    """How to call the program of this Python's environment from the working folder."""
     beside = Path(sys.executable).with_name(name)
-    try:
-        return str(beside.relative_to(Path.cwd()))
-    except ValueError:
+    found = shutil.which(name)
+    if not beside.is_file() or (found and Path(found).samefile(beside)):
         return name
+    inside = beside.is_relative_to(Path.cwd())
+    return shlex.quote(str(beside.relative_to(Path.cwd()) if inside else beside))

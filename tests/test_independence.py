@@ -134,7 +134,9 @@ def test_audit_stays_callable(imports):
     code = (
         f"{imports}\nimport torch, flataudit.audit as module\n"
         "x, y = torch.randn(9, 2), torch.arange(9) % 2\n"
+        "import inspect\n"
         "for audit in (flataudit.audit, module, module.audit):\n"
+        "    assert 'heldout' in inspect.signature(audit).parameters\n"
         "    print(audit(torch.nn.Linear(2, 2), (x, y), penalty=0.1).family)\n"
     )
     assert python(code).split() == ["categorical"] * 3

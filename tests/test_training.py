@@ -223,3 +223,10 @@ def test_no_nan_in_learning_rates():
     record = parse_training("optimizer=sgd,lr=0.1,steps=1,schedule=cosine")
     assert record.learning_rates().tolist() == [0.1]
     assert math.isfinite(record.training_time())
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "record.yaml"
+    path.write_bytes(b"\xff\xfe\x00optimizer")
+    with pytest.raises(InputError, match=r"expected valid YAML or JSON in .*check the file"):
+        parse_training(path)

@@ -106,7 +106,8 @@ def backpropagate(
     """Per layer its input (c, ...) and deltas (c, K', ...) for the rows of B at `at`."""
     tape = _Tape(layers)
     try:
-        out = evaluate(problem.model, problem.x[at])
+        with torch.enable_grad():  # the caller may audit under no_grad
+            out = evaluate(problem.model, problem.x[at])
     finally:
         tape.close()
     names = list(tape.outputs)

@@ -280,7 +280,8 @@ def _sample_tensors(
 ) -> dict[str, Tensor]:
     """One sample's (m, *shape) by plain reverse mode."""
     batch = x.expand(problem.repeat, *x.shape[1:])
-    out = problem.model(batch)[0].reshape(-1)
+    with torch.enable_grad():
+        out = problem.model(batch)[0].reshape(-1)
     rows = [
         torch.autograd.grad(
             out, list(chosen.values()), cotangent, retain_graph=True, materialize_grads=True
