@@ -36,6 +36,7 @@ from flataudit.judgement import (
     recalibration_scale,
     to_numpy,
 )
+from flataudit.models.sklearn import Subject, as_network
 from flataudit.models.torch import PreparedModel, prepare
 from flataudit.penalty import PenaltyArgument
 from flataudit.results import (
@@ -90,13 +91,14 @@ def audit(
     l_i when sample i is left out; each with per-sample values.
 
     Args:
-        model: A torch.nn.Module; a float64 copy in eval mode is audited, never the module itself.
+        model: A torch.nn.Module, of which a float64 copy in eval mode is audited, or a fitted
+            scikit-learn estimator (`flataudit.models.sklearn`), of which an exact torch twin is.
         train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first.
         heldout: (x, y) never used in training or selection; judges calibration and shows the
             observed gap. Without it leave-one-out probabilities judge calibration.
         family: auto, categorical, bernoulli, gaussian or poisson (`flataudit.families`).
-        penalty: 'auto', the weight decay of the mean loss, or {parameter name: number} with 0
-            for unpenalised parameters.
+        penalty: 'auto' (an estimator's own), the weight decay of the mean loss, or
+            {parameter name: number} with 0 for unpenalised parameters.
         dispersion: The Gaussian variance, or 'auto' for RSS/(n K - soft rank).
         training: The training record (mapping, file or KEY=VALUE text; `flataudit.training`),
             from which D = weight decay plus training time follows where `penalty` is 'auto'.
@@ -135,13 +137,19 @@ def audit(
 
     # (1) The model at its weights and its data: B = S'J/sqrt(n), so that G = B'B.
     say("reading model and data")
-    prepared, problem, sha = _problem(model, train, family, dispersion, device, chunk_size)
-    unseen = None if heldout is None else _unseen(heldout, prepared, problem)
+    subject = as_network(model, train, heldout, family)
+    prepared, problem, sha = _problem(subject, dispersion, device, chunk_size)
+    unseen = None if subject.heldout is None else _unseen(subject.heldout, prepared, problem)
 
     # (2) The penalty D and the factorisation of G + D.
     say("factorising the curvature")
     fit = penalised_fit(
-        problem, penalty=penalty, record=record, dispersion=dispersion, solver=solver
+        problem,
+        penalty=penalty,
+        record=record,
+        dispersion=dispersion,
+        solver=solver,
+        own=subject.penalty,
     )
     problem, variance, likelihood = fit.problem, fit.variance, fit.problem.family
     nll = likelihood.nll(problem.outputs, problem.y)
@@ -215,12 +223,12 @@ def audit(
             saturated=saturated,
             gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
             max_leverage=float(torch.linalg.eigvalsh(variance.q).max()),
-            training_time=record is not None and record.optimizer != "converged",
+            training_time=fit.penalty_info.has_training_time,
         ),
         policy,
     )
     return AuditReport(
-        model=ModelInfo(n_params=problem.n_params, notes=prepared.notes),
+        model=ModelInfo(n_params=problem.n_params, notes=subject.notes + prepared.notes),
         data=DataInfo(
             n_samples=problem.n_samples,
             n_outputs=problem.n_outputs,
@@ -256,21 +264,16 @@ def audit(
 
 
 def _problem(
-    model: Any,
-    train: Any,
-    family: str,
-    dispersion: float | str,
-    device: str,
-    chunk_size: int | None,
+    subject: Subject, dispersion: float | str, device: str, chunk_size: int | None
 ) -> tuple[PreparedModel, Problem, str]:
     """The prepared copy, the problem at its weights, and the data's sha256."""
     where = resolve_device(device)
-    x, y = as_pair(train, "train")
-    sha = digest(x, y)
-    prepared = prepare(model, x, where)
+    x, y = as_pair(subject.train, "train")
+    sha = subject.sha256 or digest(x, y)
+    prepared = prepare(subject.model, x, where)
     x = _placed(x, prepared.dtype, where)
     n_outputs = predict(prepared.module, x[:2]).shape[1]
-    likelihood = make_family(family, y, n_outputs, _dispersion(dispersion))
+    likelihood = make_family(subject.family, y, n_outputs, _dispersion(dispersion))
     y = likelihood.check(y, n_outputs).to(where)
     return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size), sha
 

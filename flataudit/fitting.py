@@ -21,7 +21,7 @@ from flataudit import penalty as penalties
 from flataudit.curvature.problem import Problem
 from flataudit.errors import InputError, NumericalError
 from flataudit.families import Gaussian
-from flataudit.penalty import GradientMoments, PenaltyArgument
+from flataudit.penalty import EstimatorPenalty, GradientMoments, PenaltyArgument
 from flataudit.results import Dispersion, PenaltyInfo, SolverInfo
 from flataudit.solvers import SOLVERS, Choice, FunctionalVariance, choose
 from flataudit.solvers.base import EIGENVALUE_LIMIT
@@ -29,6 +29,7 @@ from flataudit.training import TrainingRecord
 
 MAX_ROUNDS = 50
 ROUND_TOLERANCE = 1e-9
+ROUNDING = 1e-12  # a mean gradient this small beside the samples' own counts as zero
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +51,7 @@ class _Resolved:
     total: Mapping[str, Tensor]
     objective: Mapping[str, Tensor]
     source: str
+    record: TrainingRecord | None = None
 
 
 def penalised_fit(
@@ -59,11 +61,13 @@ def penalised_fit(
     record: TrainingRecord | None,
     dispersion: float | str,
     solver: str,
+    own: EstimatorPenalty | None = None,
 ) -> PenalisedFit:
     """Resolves penalty and dispersion and factorises G + D.
 
     penalty: 'auto', a number or numbers by parameter name; record: used where the penalty is
-    'auto'; dispersion: 'auto' or the Gaussian variance.
+    'auto'; own: the model's own penalty, used where neither is given; dispersion: 'auto' or the
+    Gaussian variance.
     """
     started = time.perf_counter()
     gaussian = problem.family.name == "gaussian"
@@ -71,7 +75,7 @@ def penalised_fit(
     if automatic:
         problem = problem.with_family(Gaussian(_residual_variance(problem, 0.0)))
     # The plan first: nothing is computed for an audit that cannot be finished.
-    choose(solver, problem, _provisional(problem, penalty))
+    choose(solver, problem, _provisional(problem, penalty, record, own))
     moments = GradientMoments(*problem.gradient_moments())
     if not math.isfinite(moments.trace):
         raise InputError(
@@ -79,7 +83,7 @@ def penalised_fit(
             " square roots, norms and logarithms at zero"
         )
     for _ in range(MAX_ROUNDS):
-        resolved = _resolve(problem, penalty, record, moments, solver)
+        resolved = _resolve(problem, penalty, record, own, moments, solver)
         choice = choose(solver, problem, resolved.total)
         wants_spectrum = min(problem.n_params, problem.n_rows) <= EIGENVALUE_LIMIT
         variance = SOLVERS[choice.name].solve(
@@ -106,6 +110,8 @@ def penalised_fit(
             for k, p in problem.params.items()
         )
     )
+    rounding = ROUNDING * math.sqrt(moments.trace)
+    stationarity = penalties.stationarity(resolved.objective, problem, moments.mean)
     settled = None
     if gaussian:
         value = problem.family.dispersion  # type: ignore[attr-defined]  # Gaussian
@@ -118,8 +124,8 @@ def penalised_fit(
         penalties.describe(
             resolved.total,
             resolved.source,
-            record if resolved.source == "training" else None,
-            penalties.stationarity(resolved.objective, problem, moments.mean),
+            resolved.record,
+            0.0 if residual <= rounding else stationarity,
         ),
         settled,
         _solver_info(choice, problem, time.perf_counter() - started),
@@ -127,28 +133,48 @@ def penalised_fit(
     )
 
 
-def _provisional(problem: Problem, penalty: PenaltyArgument) -> Mapping[str, Tensor]:
+def _provisional(
+    problem: Problem,
+    penalty: PenaltyArgument,
+    record: TrainingRecord | None,
+    own: EstimatorPenalty | None,
+) -> Mapping[str, Tensor]:
     """A penalty with the final one's free parameters, which is all that a plan depends on."""
-    given = 1.0 if isinstance(penalty, str) and penalty == "auto" else penalty
-    return penalties.from_argument(given, problem.params)
+    if not _is_auto(penalty):
+        return penalties.from_argument(penalty, problem.params)
+    if record is None and own is not None and own.record.optimizer == "converged":
+        return penalties.from_argument(own.decay, problem.params)
+    return penalties.from_argument(1.0, problem.params)
 
 
 def _resolve(
     problem: Problem,
     penalty: PenaltyArgument,
     record: TrainingRecord | None,
+    own: EstimatorPenalty | None,
     moments: GradientMoments,
     solver: str,
 ) -> _Resolved:
-    if not (isinstance(penalty, str) and penalty == "auto"):
+    """The first that is given: penalty, training record, the model's own penalty; else evidence."""
+    if not _is_auto(penalty):
         given = penalties.from_argument(penalty, problem.params)
         return _Resolved(given, given, "argument")
     if record is not None:
         scale = _loss_scale(record, problem)
-        return _Resolved(*penalties.from_training(record, problem, moments, scale), "training")
+        found = penalties.from_training(record, problem, moments, scale)
+        return _Resolved(*found, "training", record)
+    if own is not None:
+        scale = _loss_scale(own.record, problem)
+        found = penalties.from_training(own.record, problem, moments, scale, own.decay)
+        shown = None if own.record.optimizer == "converged" else own.record
+        return _Resolved(*found, "estimator", shown)
     value = _evidence(problem, solver)
-    found = penalties.from_argument(value, problem.params)
-    return _Resolved(found, found, "evidence")
+    tied = penalties.from_argument(value, problem.params)
+    return _Resolved(tied, tied, "evidence")
+
+
+def _is_auto(penalty: PenaltyArgument) -> bool:
+    return isinstance(penalty, str) and penalty == "auto"
 
 
 def _loss_scale(record: TrainingRecord, problem: Problem) -> float:

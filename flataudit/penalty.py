@@ -39,6 +39,14 @@ class GradientMoments:
         return sum(float(t.sum()) for t in self.second.values())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EstimatorPenalty:
+    """A model's own penalty: D by parameter name in units of its training loss, and its record."""
+
+    decay: Mapping[str, float]
+    record: TrainingRecord
+
+
 def from_argument(argument: PenaltyArgument, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """D from a number for all parameters, or a number per parameter name (0: unpenalised).
 
@@ -61,7 +69,11 @@ def from_argument(argument: PenaltyArgument, params: Mapping[str, Tensor]) -> di
 
 
 def from_training(
-    record: TrainingRecord, problem: Problem, moments: GradientMoments, loss_scale: float
+    record: TrainingRecord,
+    problem: Problem,
+    moments: GradientMoments,
+    loss_scale: float,
+    decay: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """D from weight decay plus training time, and the objective's own part of it.
 
@@ -69,12 +81,14 @@ def from_training(
     s_j = sqrt(v_j) + eps and v_j the second moment of the mini-batch gradient of the training
     loss at the final weights: gbar_j^2 + (diag(C)_j - gbar_j^2)/b (n-b)/(n-1), which counts
     sampling without replacement; L2-Adam's gbar includes w theta_j. converged: w/c.
-    loss_scale c: training loss = c (mean NLL) + constant.
+    loss_scale c: training loss = c (mean NLL) + constant. decay: w by parameter name where it is
+    not the record's for all.
     """
-    c, w, n = loss_scale, record.weight_decay, problem.n_samples
+    c, n = loss_scale, problem.n_samples
     total: dict[str, Tensor] = {}
     objective: dict[str, Tensor] = {}
     for name, p in problem.params.items():
+        w = record.weight_decay if decay is None else decay[name]
         objective[name] = _full(p, w / c)
         if record.optimizer == "converged":
             total[name] = objective[name]

@@ -175,6 +175,11 @@ class PenaltyInfo:
     high: float | None = None
     assumptions: tuple[str, ...] = ()
 
+    @property
+    def has_training_time(self) -> bool:
+        """Whether D holds a finite training time."""
+        return self.training is not None and self.training["optimizer"] != "converged"
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:

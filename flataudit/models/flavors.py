@@ -1,4 +1,7 @@
-"""Why a model of another flavor is not audited; its class is read without unpickling anything."""
+"""Why a model is not audited: by its flavor, or by the class of a scikit-learn estimator.
+
+The class in a model's files is read without unpickling anything.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,65 @@ from pathlib import Path
 from typing import NoReturn
 
 from flataudit.errors import InputError
+from flataudit.models.sklearn_penalty import PENALTIES
 
-_TREES = re.compile(r"Forest|DecisionTree|ExtraTree|Boost|XGB|LGBM")
+SUPPORTED = ", ".join(PENALTIES)
 _TREE_FLAVORS = ("xgboost", "lightgbm", "catboost", "h2o")
+_NO_GRADIENT = "a tree ensemble has no gradient"
+# Why flatness is undefined, by the class's name; the first that matches.
+_REASONS = (
+    (r"Forest|Tree|Boost|XGB|LGBM", _NO_GRADIENT),
+    (r"SV[CRM]$|Perceptron$|PassiveAggressive", "a margin loss is no likelihood"),
+    (r"Neighbors|Centroid", "it keeps the training data and has no fitted parameters"),
+    (r"NB$|DiscriminantAnalysis$", "it fits densities of x, not the minimum of a loss"),
+    (r"^CalibratedClassifier", "it averages models of several folds, at no minimum together"),
+    (r"^Dummy", "it ignores x"),
+    (r"^(Stacking|Voting|Bagging)", "several models together are at no minimum of one loss"),
+    (r"^(MultiTask)?(Lasso|ElasticNet|Lars)", "an l1 penalty has no curvature"),
+    (r"^RidgeClassifier", "squared loss on class labels is no likelihood"),
+    (r"^(OneVsRest|OneVsOne|OutputCode)", "one model per class has no joint likelihood"),
+    (r"^TransformedTarget", "its loss is that of transformed targets"),
+)
 
 
-def refuse_flavor(flavor: str, folder: Path) -> NoReturn:
-    """Raises InputError: expected a pytorch model, got `flavor`, and why that cannot be audited."""
-    if flavor == "sklearn":
-        names = _class_names(folder)
-        trees = [name for name in names if _TREES.search(name)]
-        if trees:
-            _refuse_trees(f"{trees[0]} (scikit-learn)")
-        kind = f" {names[0]}" if names else " estimator"
-        raise InputError(
-            f"expected a model of the pytorch flavor, got the scikit-learn{kind}; scikit-learn"
-            " models are not supported in this release, audit a PyTorch network"
-        )
+def refuse_flavor(flavor: str) -> NoReturn:
+    """Raises InputError: neither pytorch nor sklearn, and why that cannot be audited."""
     if flavor in _TREE_FLAVORS:
-        _refuse_trees(f"a {flavor} model")
+        raise InputError(_undefined(f"a {flavor} model", _NO_GRADIENT))
     raise InputError(
-        f"expected a model of the pytorch flavor, got {flavor}; log the network itself with"
-        " mlflow.pytorch.log_model"
+        f"expected a model of the pytorch or sklearn flavor, got {flavor}; log the network itself"
+        " with mlflow.pytorch.log_model"
     )
 
 
-def _refuse_trees(got: str) -> NoReturn:
-    raise InputError(
-        f"expected a network with differentiable parameters, got {got}; a tree ensemble has no"
-        " gradient, so flatness is undefined for it: audit a PyTorch network"
+def refuse_files(folder: Path) -> None:
+    """InputError where the estimator in a model's files is known to have no flatness."""
+    names = _class_names(folder)
+    if names and refusal(names[0]) is not None:
+        raise refused(names[0])
+
+
+def refusal(name: str) -> str | None:
+    """Why estimators of the class `name` have no flatness, where that is known."""
+    return next((why for pattern, why in _REASONS if re.search(pattern, name)), None)
+
+
+def refused(name: str) -> InputError:
+    """The error for a scikit-learn class without a twin."""
+    reason = refusal(name)
+    if reason is not None:
+        return InputError(_undefined(f"{name} (scikit-learn)", reason))
+    return InputError(
+        f"expected a scikit-learn estimator among {SUPPORTED}, got {name}; audit one of these, or"
+        " a PyTorch network"
+    )
+
+
+def _undefined(got: str, reason: str) -> str:
+    return (
+        f"expected a model with differentiable parameters at the minimum of a likelihood, got"
+        f" {got}; {reason}, so flatness is undefined for it: audit a PyTorch network or one of"
+        f" {SUPPORTED}"
     )
 
 

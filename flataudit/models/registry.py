@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import unquote, urlparse
 
 from flataudit.errors import InputError, StoreError
-from flataudit.models.flavors import refuse_flavor
+from flataudit.models.flavors import refuse_files, refuse_flavor
 from flataudit.store import one_line, scratch_folder, store_errors
 from flataudit.training import TrainingRecord, parse_training, training_from_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-    from torch import nn
 
 Kind = Literal["registry", "logged_model", "run", "folder"]
 T = TypeVar("T")
@@ -100,27 +99,34 @@ def resolve(uri: str) -> ModelSource:
     return _described(ModelSource(str(folder), "folder", "", str(folder)))
 
 
-def load_model(source: ModelSource) -> nn.Module:
-    """The network, on the CPU, as it was logged; from a pickle or a pt2 export.
+def load_model(source: ModelSource) -> Any:
+    """The torch network or the scikit-learn estimator, on the CPU, as it was logged.
 
-    A pickle runs code of whoever logged it; MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false refuses it.
+    Pickles and skops files run code of whoever logged them;
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false refuses them, and leaves pt2 exports.
     Code logged with the model (code_paths) stays importable in this process; modules of models
     loaded earlier are forgotten, so that two models cannot get each other's.
 
     Raises:
         InputError: another flavor, pickles not allowed, a class that cannot be imported, files
-            that do not load.
+            that do not load, an estimator known to have no flatness (it is not loaded).
         StoreError: the files are gone and cannot be downloaded again.
     """
     from torch import nn
 
     folder = local_folder(source)
-    if source.flavor != "pytorch":
-        refuse_flavor(source.flavor, folder)
+    if source.flavor == "sklearn":
+        refuse_files(folder)
+    elif source.flavor != "pytorch":
+        refuse_flavor(source.flavor)
     _forget_modules(folder)
     import mlflow.pytorch
+    import mlflow.sklearn
 
+    kind = "PyTorch" if source.flavor == "pytorch" else "scikit-learn"
     try:
+        if kind == "scikit-learn":
+            return mlflow.sklearn.load_model(str(folder))
         model = mlflow.pytorch.load_model(str(folder), map_location="cpu")
     except ImportError as error:
         _not_importable(source, f"no module {error.name!r}" if error.name else one_line(error))
@@ -128,13 +134,14 @@ def load_model(source: ModelSource) -> nn.Module:
         _not_importable(source, one_line(error))
     except Exception as error:  # torch, pickle, zipfile and MLflow: no base class in common
         if "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in str(error):
+            got = "a pickle" if kind == "PyTorch" else f"a {kind} model"
             raise InputError(
-                f"expected a pt2 model because MLFLOW_ALLOW_PICKLE_DESERIALIZATION is false, got a"
-                f" pickle in {source.uri}; allow pickles you trust, or log the model with"
+                f"expected a pt2 model because MLFLOW_ALLOW_PICKLE_DESERIALIZATION is false, got"
+                f" {got} in {source.uri}; allow pickles you trust, or log the model with"
                 " mlflow.pytorch.log_model(..., serialization_format='pt2')"
             ) from error
         raise InputError(
-            f"expected a PyTorch model that loads from {source.uri}, got"
+            f"expected a {kind} model that loads from {source.uri}, got"
             f" {type(error).__name__}: {one_line(error)}; log it again"
         ) from error
     if not isinstance(model, nn.Module):
@@ -155,6 +162,8 @@ def training_record(source: ModelSource, n_samples: int) -> tuple[TrainingRecord
     Raises:
         StoreError: the store cannot be read.
     """
+    if source.flavor == "sklearn":
+        return None, "the estimator's own settings tell how it was fitted"
     if source.run_id is None:
         return None, "the model has no source run"
     with store_errors(f"read the source run {source.run_id}"):
