@@ -75,6 +75,7 @@ def as_network(model: Any, train: Any, heldout: Any, family: str) -> Subject:
         )
     module = make_twin(final)
     data = _data(final, steps, train, "train")
+    as_pair(data, "train")  # refuses what no audit can use, before anything is predicted
     objective = PENALTIES[name](final, len(data[0]))
     _compare(model, module, found, train[0], data[0])
     decay = {

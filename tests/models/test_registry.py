@@ -13,6 +13,7 @@ from torch import nn
 import flataudit
 from flataudit.errors import InputError, StoreError
 from flataudit.models.registry import ModelSource, load_model, resolve, training_record
+from flataudit.tracking import log_training_data
 from tests.mlflow_store import REQUIREMENTS, make_store, toy_data, tracking
 
 
@@ -308,34 +309,119 @@ def test_files_that_do_not_load(store, tmp_path):
     assert message(lambda: load_model(source)).startswith("expected")
 
 
+def saved_estimator(folder, model, serialization_format):
+    """A local MLflow folder of the sklearn flavor, as a source."""
+    mlflow.sklearn.save_model(
+        model,
+        str(folder),
+        serialization_format=serialization_format,
+        pip_requirements=["scikit-learn"],
+        skops_trusted_types=["numpy.dtype", "sklearn.tree._tree.Tree"],
+    )
+    return resolve(str(folder))
+
+
 @pytest.mark.parametrize("serialization_format", ["skops", "cloudpickle"])
-def test_scikit_learn_is_refused_without_loading(store, tmp_path, serialization_format):
-    from sklearn.ensemble import RandomForestClassifier
+def test_scikit_learn_estimators_load_and_are_audited(store, tmp_path, serialization_format):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    x, y = toy_data(60)
+    for name, model in {
+        "alone": LogisticRegression(C=0.5, tol=1e-10),
+        "in_pipeline": make_pipeline(StandardScaler(), LogisticRegression(C=0.5, tol=1e-10)),
+    }.items():
+        model.fit(x, y)
+        source = saved_estimator(tmp_path / name, model, serialization_format)
+        assert source.flavor == "sklearn"
+        found = flataudit.audit(load_model(source), (x, y))
+        wanted = flataudit.audit(model, (x, y))
+        assert found.gap == wanted.gap
+        assert found.penalty == wanted.penalty
+        assert found.penalty.value == pytest.approx(1 / (0.5 * 60))
+        assert found.penalty.source == "estimator"
+
+
+@pytest.mark.parametrize("serialization_format", ["skops", "cloudpickle"])
+def test_forests_are_refused_without_loading(store, tmp_path, serialization_format, monkeypatch):
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = toy_data(30)
-    cases = {
-        "RandomForestClassifier": RandomForestClassifier(n_estimators=2),
-        "in_pipeline": make_pipeline(StandardScaler(), RandomForestClassifier(n_estimators=2)),
-        "LogisticRegression": LogisticRegression(),
-    }
-    for name, model in cases.items():
-        mlflow.sklearn.save_model(
-            model.fit(x, y),
-            str(tmp_path / name),
+    forest = RandomForestClassifier(n_estimators=2)
+    pipeline = make_pipeline(StandardScaler(), forest).fit(x, y)
+    alone = saved_estimator(tmp_path / "alone", forest, serialization_format)
+    nested = saved_estimator(tmp_path / "pipeline", pipeline, serialization_format)
+    model = load_model(nested)
+    monkeypatch.setattr(mlflow.sklearn, "load_model", None)
+    for call in (lambda: load_model(alone), lambda: flataudit.audit(model, (x, y))):
+        text = message(call)
+        assert "got RandomForestClassifier (scikit-learn)" in text
+        assert "flatness is undefined" in text
+
+
+@pytest.mark.parametrize("serialization_format", ["skops", "cloudpickle"])
+def test_scikit_learn_files_run_code_too(store, tmp_path, serialization_format, monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = toy_data(30)
+    source = saved_estimator(tmp_path / "m", LogisticRegression().fit(x, y), serialization_format)
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    assert "got a scikit-learn model in" in message(lambda: load_model(source))
+
+
+def test_scikit_learn_files_that_do_not_load(store, tmp_path):
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = toy_data(30)
+    source = saved_estimator(tmp_path / "m", LogisticRegression().fit(x, y), "cloudpickle")
+    (tmp_path / "m" / "model.pkl").write_bytes(b"not an estimator")
+    assert "a scikit-learn model that loads" in message(lambda: load_model(source))
+
+
+@pytest.mark.parametrize("serialization_format", ["skops", "cloudpickle"])
+def test_a_registered_estimator_is_audited_with_its_own_penalty(store, serialization_format):
+    """From version to verdict: other labels, a pipeline, a search; the run's record is not asked."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from flataudit.config import AuditOptions
+    from flataudit.stages import run_audit
+
+    x, y = store.x, store.y * 10 - 5
+    inner = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10))
+    search = GridSearchCV(inner, {"logisticregression__C": [0.1, 0.5]}, cv=3).fit(x, y)
+    name = f"estimator_{serialization_format}"
+    experiment = mlflow.get_experiment_by_name("training").experiment_id
+    with mlflow.start_run(experiment_id=experiment) as run:
+        mlflow.log_params({"optimizer": "adam", "lr": 0.1, "steps": 9, "batch_size": 8})
+        mlflow.sklearn.log_model(
+            search,
+            name=name,
+            registered_model_name=name,
             serialization_format=serialization_format,
             pip_requirements=["scikit-learn"],
-            skops_trusted_types=["numpy.dtype", "sklearn.tree._tree.Tree"],
+            skops_trusted_types=[
+                "numpy.dtype",
+                "sklearn.metrics._scorer._PassthroughScorer",
+                "sklearn.model_selection._split.StratifiedKFold",
+            ],
         )
-        text = message(lambda name=name: load_model(resolve(str(tmp_path / name))))
-        if name == "LogisticRegression":
-            assert "got the scikit-learn LogisticRegression" in text
-            assert "not supported in this release" in text
-        else:
-            assert "got RandomForestClassifier (scikit-learn)" in text
-            assert "flatness is undefined" in text
+    log_training_data(run.info.run_id, x, y)
+    found = run_audit(f"models:/{name}/1", "mlflow", None, AuditOptions(training="auto"))
+    report = found["report"]
+    wanted = flataudit.audit(search, (x, y))
+    assert report["gap"]["value"] == pytest.approx(wanted.gap.value, rel=1e-9)
+    assert report["model"]["flavor"] == "sklearn"
+    assert report["penalty"]["source"] == "estimator"
+    assert report["data"]["sha256"] == wanted.data.sha256
+    assert "data_mismatch" not in [w["code"] for w in report["warnings"]]
+    tags = mlflow.MlflowClient().get_model_version(name, "1").tags
+    assert tags["flataudit.verdict"] in ("pass", "warn")
 
 
 @pytest.mark.parametrize(
