@@ -8,6 +8,7 @@ held-out alike. A twin is held against the estimator's own predictions before it
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flataudit.errors import InputError
+from flataudit.errors import InputError, MemoryPlanError
+from flataudit.memory import available_bytes, human
 from flataudit.models.flavors import refused
 from flataudit.models.sklearn_penalty import PENALTIES
 from flataudit.penalty import EstimatorPenalty
@@ -240,8 +242,9 @@ def _data(estimator: Any, steps: list[Any], pair: Any, name: str) -> tuple[Any, 
         with _quiet():
             for pipeline in steps:
                 x = pipeline.transform(x)
-        x = np.asarray(x.toarray() if hasattr(x, "toarray") else x)
-        x = x.astype(np.float64)
+        x = np.asarray(_dense(x), dtype=np.float64)
+    except InputError:
+        raise
     except Exception as error:  # transformers raise whatever they like
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -256,6 +259,20 @@ def _data(estimator: Any, steps: list[Any], pair: Any, name: str) -> tuple[Any, 
         )
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
     return x, (_indices(y, estimator.classes_, name) if hasattr(estimator, "classes_") else y)
+
+
+def _dense(x: Any) -> Any:
+    """A sparse matrix as an array; MemoryPlanError where that would not fit."""
+    if not hasattr(x, "toarray"):
+        return x
+    needed, available = 8 * math.prod(x.shape), available_bytes(torch.device("cpu"))
+    if 3 * needed > available:
+        raise MemoryPlanError(
+            f"expected the features of {x.shape[0]} samples as a dense array to fit into"
+            f" {human(available)}, got {human(needed)} and its copies; audit a random subset, or"
+            " keep fewer features"
+        )
+    return x.toarray()
 
 
 def _indices(y: NDArray[Any], classes: NDArray[Any], name: str) -> NDArray[np.int64]:

@@ -383,7 +383,7 @@ def test_scikit_learn_files_that_do_not_load(store, tmp_path):
 
 @pytest.mark.parametrize("serialization_format", ["skops", "cloudpickle"])
 def test_a_registered_estimator_is_audited_with_its_own_penalty(store, serialization_format):
-    """From version to verdict: other labels, a pipeline, a search; the run's record is not asked."""
+    """From version to verdict: other labels, a pipeline in a search; not the run's record."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline

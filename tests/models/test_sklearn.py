@@ -15,6 +15,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import (
@@ -519,6 +520,18 @@ def test_tables_and_sparse_features():
     report = flataudit.audit(pipeline, (frame, TWO), heldout=(frame[:60], TWO[:60]))
     assert report.model.n_params == 7
     assert "expected train x that the estimator accepts" in refused(pipeline, X, TWO)
+
+
+def test_texts(monkeypatch):
+    words = np.array(["good", "bad", "film", "plot", "actor", "long"])
+    texts = [" ".join(RNG.choice(words, 6)) for _ in range(60)]
+    labels = ["yes" if text.count("good") > text.count("bad") else "no" for text in texts]
+    pipeline = make_pipeline(TfidfVectorizer(), LogisticRegression(**TIGHT)).fit(texts, labels)
+    report = flataudit.audit(pipeline, (texts, labels), heldout=(texts[:9], labels[:9]))
+    assert report.model.n_params == 7
+    assert report.penalty.stationarity < 1e-4
+    monkeypatch.setattr("flataudit.models.sklearn.available_bytes", lambda device: 1000)
+    assert "as a dense array to fit into" in refused(pipeline, texts, labels)
 
 
 def test_arrays_for_an_estimator_fitted_to_a_table():
