@@ -24,17 +24,21 @@ from flataudit.calibration import (
 from flataudit.estimates import LeaveOneOut, mean_and_se
 from flataudit.families import Family, log_probabilities
 from flataudit.fitting import PenalisedFit
-from flataudit.results import Calibration, Evidence, Interval, Premise
+from flataudit.results import Calibration, Evidence, Interval, Premise, Shift
 
 SCALE_LIMIT = 1e3  # logits are recalibrated by a factor within 1/SCALE_LIMIT .. SCALE_LIMIT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unseen:
-    """Held-out outputs f (m, K) and checked targets, on the audit's device."""
+    """Held-out outputs f (m, K) and checked targets, on the audit's device.
+
+    shift: how the inputs compare with those of training.
+    """
 
     outputs: Tensor
     y: Tensor
+    shift: Shift | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
