@@ -100,12 +100,6 @@ def penalised_fit(
             "expected the dispersion RSS/(n - soft rank) to settle, got no fixed point in"
             f" {MAX_ROUNDS} rounds; likely cause: a soft rank near n; give --dispersion"
         )
-    residual = math.sqrt(
-        sum(
-            float((moments.mean[k] + resolved.objective[k] * p.detach()).square().sum())
-            for k, p in problem.params.items()
-        )
-    )
     settled = None
     if gaussian:
         value = problem.family.dispersion  # type: ignore[attr-defined]  # Gaussian
@@ -123,7 +117,7 @@ def penalised_fit(
         ),
         settled,
         _solver_info(choice, problem, time.perf_counter() - started),
-        residual,
+        penalties.remaining_gradient(resolved.objective, problem, moments.mean),
     )
 
 
