@@ -233,7 +233,7 @@ def audit(
         data=DataInfo(
             n_samples=problem.n_samples,
             n_outputs=problem.n_outputs,
-            sha256=digest(*train),
+            sha256=digest(train[0], train[1] if names is None else names.sorted_indices(train[1])),
             heldout_samples=None if unseen is None else len(unseen.y),
         ),
         family=likelihood.name,

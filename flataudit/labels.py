@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flataudit.errors import InputError
 
@@ -34,6 +36,11 @@ class ClassNames(tuple[str, ...]):
                 f" {len(unknown)} of {len(labels)} samples; drop them, or name the model's classes"
             )
         return found
+
+    def sorted_indices(self, y: Tensor) -> Tensor:
+        """Outputs y as indices into the sorted labels that occur: the same whatever the order."""
+        _, found = np.unique(np.array(self)[y.numpy()], return_inverse=True)
+        return torch.from_numpy(found.astype(np.int64))
 
     def check(self, n_outputs: int, family: str) -> None:
         """InputError unless each output has a class (one logit has two) and a class is meant."""

@@ -163,7 +163,9 @@ def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm over all entries of all tensors, whose squares may overflow."""
     flat = torch.cat([t.flatten().to(torch.float64) for t in tensors])
     largest = float(flat.abs().max())
-    return largest * float((flat / largest).square().sum().sqrt()) if largest > 0 else 0.0
+    if not 0.0 < largest < math.inf:
+        return largest
+    return largest * float((flat / largest).square().sum().sqrt())
 
 
 def describe(
