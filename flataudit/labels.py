@@ -64,10 +64,10 @@ def text_labels(y: Any) -> NDArray[np.str_] | None:
         array = np.asarray(y)
     except (TypeError, ValueError):  # ragged lists: `tensors.as_pair` says what is wrong with them
         return None
+    if array.ndim == 0 or array.size == 0:
+        return None
     if array.dtype.kind == "U" or (
-        array.dtype.kind == "O"
-        and array.size > 0
-        and all(isinstance(label, str) for label in array.flat)
+        array.dtype.kind == "O" and all(isinstance(label, str) for label in array.flat)
     ):
         labels: NDArray[np.str_] = array.astype(np.str_)
         return labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -99,8 +99,9 @@ def with_indices(
             "expected heldout labels as text like the training labels, got numbers; give the names"
         )
     names = ClassNames.found_in(labels) if classes is None else ClassNames(map(str, classes))
-    if len(set(names)) < len(names):
-        raise InputError(f"expected classes that differ, got {few(names)}; name each output once")
+    if not names or len(set(names)) < len(names):
+        got = few(names) or "none"
+        raise InputError(f"expected classes that differ, got {got}; name each output once")
     notes = (
         (f"the model names no classes: its outputs are taken to be {few(names)}, sorted",)
         if classes is None

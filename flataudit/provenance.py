@@ -49,10 +49,12 @@ def data_warnings(report: Json, train: Dataset, source: ModelSource) -> list[Jso
 def logged_loss(source: ModelSource) -> tuple[str, float] | None:
     """Name and last value of the training loss that the source run logged; None without one.
 
+    A model folder is audited by itself: its run may be in a store that nobody asked for.
+
     Raises:
         StoreError: the store cannot be read.
     """
-    if source.run_id is None:
+    if source.run_id is None or source.kind == "folder":
         return None
     with store_errors(f"read the source run {source.run_id}"):
         from mlflow import MlflowClient

@@ -73,6 +73,7 @@ BAD = [
     ({"classes": ["ant", "bee"]}, "expected labels among 'ant', 'bee' in train y, got 'cat' in"),
     ({"classes": ["ant", "bee", "cat", "dog"]}, "expected 3 classes for 3 output(s), got 4"),
     ({"classes": ["ant", "bee", "cat", "ant"]}, "expected classes that differ"),
+    ({"classes": []}, "expected classes that differ, got none"),
     ({"heldout": (X[:4], ["ant", "cow", "bee", "cow"])}, "in heldout y, got 'cow' in 2 of 4"),
     ({"heldout": (X[:4], [0, 1, 2, 0])}, "expected heldout labels as text"),
     ({"family": "gaussian"}, "expected numbers as targets for family=gaussian, got text"),
@@ -93,7 +94,14 @@ def test_text_held_out_alone_is_refused():
 
 
 def test_what_is_no_text_passes_through():
-    for y in (INDEX, torch.from_numpy(INDEX), [[1], [2, 3]], np.array([None, "a"], dtype=object)):
+    for y in (
+        np.array("ant"),
+        np.array([], dtype="U3"),
+        INDEX,
+        torch.from_numpy(INDEX),
+        [[1], [2, 3]],
+        np.array([None, "a"], dtype=object),
+    ):
         assert text_labels(y) is None
         assert with_indices((X, y), None, None)[0][1] is y
     assert with_indices(None, None, None) == (None, None, None, ())

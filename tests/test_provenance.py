@@ -86,7 +86,9 @@ def test_only_where_the_loss_is_the_families_nll(run_with):
 def test_no_loss_no_run(run_with):
     gone = dataclasses.replace(run_with(), run_id="0" * 32)
     bare = dataclasses.replace(gone, run_id=None)
-    for source in (run_with(), run_with(val_loss=[0.1]), run_with(loss=[0.0]), gone, bare):
+    folder = dataclasses.replace(run_with(loss=[0.1]), kind="folder")
+    others = (run_with(), run_with(val_loss=[0.1]), run_with(loss=[0.0]))
+    for source in (*others, gone, bare, folder):
         assert messages(5.0, source) == []
 
 
@@ -132,6 +134,7 @@ def test_where_names_are_found(run_with, tmp_path):
     assert class_names(nothing, load_model(nothing)) is None
     from_run = run_with(params={"classes": "cat,bee,ant"})
     assert class_names(from_run) == ["cat", "bee", "ant"]
+    assert class_names(dataclasses.replace(from_run, kind="folder")) is None
     network = trained_net(X, Y, steps=1)
     path = tmp_path / "model"
     mlflow.pytorch.save_model(

@@ -80,6 +80,8 @@ def _places(source: ModelSource, model: Any) -> Iterator[Mapping[str, Any]]:
         yield {key: getattr(model, key, None) for key in KEYS[:3]}
         yield {"id2label": getattr(getattr(model, "config", None), "id2label", None)}
     yield Model.load(str(local_folder(source))).metadata or {}
+    if source.kind == "folder":
+        return  # audited by itself: its run may be in a store that nobody asked for
     with store_errors(f"read the classes of {source.uri}"):
         client = MlflowClient()
         if source.model_id is not None:
