@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from flataudit.judgement import (
     recalibration_scale,
     to_numpy,
 )
+from flataudit.labels import ClassNames, with_indices
 from flataudit.models.sklearn import Subject, as_network
 from flataudit.models.torch import PreparedModel, prepare
 from flataudit.penalty import PenaltyArgument
@@ -59,6 +60,7 @@ from flataudit.selection import (
     collect_warnings,
     needs_recalibration,
 )
+from flataudit.shift import input_shift
 from flataudit.solvers import SOLVERS, check_name
 from flataudit.tensors import as_pair, digest, resolve_device
 from flataudit.training import parse_training
@@ -83,6 +85,7 @@ def audit(
     progress: Callable[[str], None] | None = None,
     recalibrate: bool = False,
     chunk_size: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> AuditReport:
     """Predicts a fitted model's generalization gap and says whether to rely on it.
 
@@ -105,10 +108,13 @@ def audit(
         curvature: 'ggn', the generalized Gauss-Newton matrix.
         solver: auto, primal or dual.
         device: auto, cpu or cuda; the numbers are float64 on each.
-        seed: For the randomised parts of calibration; the estimates have none.
+        seed: For the randomised parts of calibration and the test of the held-out inputs; the
+            estimates have none.
         progress: Called with a short text as each stage starts.
         recalibrate: Also compute the soft rank of the recalibrated model where not needed.
         chunk_size: Samples per chunk; the default follows from memory. Changes no number.
+        classes: The names of the outputs in order, for labels given as text; without it they are
+            the sorted training labels, and the report says so.
 
     Returns:
         A frozen `AuditReport`; `report.to_dict()` is the contract's JSON.
@@ -138,8 +144,10 @@ def audit(
     # (1) The model at its weights and its data: B = S'J/sqrt(n), so that G = B'B.
     say("reading model and data")
     subject = as_network(model, train, heldout, family)
-    prepared, problem, sha = _problem(subject, dispersion, device, chunk_size)
-    unseen = None if subject.heldout is None else _unseen(subject.heldout, prepared, problem)
+    train, heldout, names, assumed = with_indices(subject.train, subject.heldout, classes)
+    train = as_pair(train, "train")
+    prepared, problem = _problem(subject, train, names, dispersion, device, chunk_size)
+    unseen = None if heldout is None else _unseen(heldout, train[0], prepared, problem, seed)
 
     # (2) The penalty D and the factorisation of G + D.
     say("factorising the curvature")
@@ -224,15 +232,17 @@ def audit(
             gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
             max_leverage=float(torch.linalg.eigvalsh(variance.q).max()),
             training_time=fit.penalty_info.has_training_time,
+            shift=None if unseen is None else unseen.shift,
         ),
         policy,
     )
     return AuditReport(
-        model=ModelInfo(n_params=problem.n_params, notes=subject.notes + prepared.notes),
+        model=ModelInfo(n_params=problem.n_params, notes=subject.notes + prepared.notes + assumed),
         data=DataInfo(
             n_samples=problem.n_samples,
             n_outputs=problem.n_outputs,
-            sha256=sha,
+            sha256=subject.sha256
+            or digest(train[0], train[1] if names is None else names.sorted_indices(train[1])),
             heldout_samples=None if unseen is None else len(unseen.y),
         ),
         family=likelihood.name,
@@ -260,27 +270,36 @@ def audit(
             loo=np.full(len(nll), np.nan) if left_out is None else to_numpy(left_out.psi),
         ),
         display=build_display(fit, judged, nll, leverage, energy, left_out),
+        shift=None if unseen is None else unseen.shift,
     )
 
 
 def _problem(
-    subject: Subject, dispersion: float | str, device: str, chunk_size: int | None
-) -> tuple[PreparedModel, Problem, str]:
-    """The prepared copy, the problem at its weights, and the data's sha256."""
+    subject: Subject,
+    train: tuple[Tensor, Tensor],
+    names: ClassNames | None,
+    dispersion: float | str,
+    device: str,
+    chunk_size: int | None,
+) -> tuple[PreparedModel, Problem]:
+    """The prepared copy and the problem at its weights."""
     where = resolve_device(device)
-    x, y = as_pair(subject.train, "train")
-    sha = subject.sha256 or digest(x, y)
+    x, y = train
     prepared = prepare(subject.model, x, where)
     x = _placed(x, prepared.dtype, where)
     n_outputs = predict(prepared.module, x[:2]).shape[1]
     likelihood = make_family(subject.family, y, n_outputs, _dispersion(dispersion))
+    if names is not None:
+        names.check(n_outputs, likelihood.name)
     y = likelihood.check(y, n_outputs).to(where)
-    return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size), sha
+    return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size)
 
 
-def _unseen(heldout: Any, prepared: PreparedModel, problem: Problem) -> Unseen:
-    x, y = as_pair(heldout, "heldout")
-    x = _placed(x, prepared.dtype, problem.device)
+def _unseen(
+    heldout: Any, x_train: Tensor, prepared: PreparedModel, problem: Problem, seed: int
+) -> Unseen:
+    given, y = as_pair(heldout, "heldout")
+    x = _placed(given, prepared.dtype, problem.device)
     if x.shape[1:] != problem.x.shape[1:]:
         raise InputError(
             f"expected heldout x of shape (m, {', '.join(map(str, problem.x.shape[1:]))}) as in"
@@ -292,7 +311,7 @@ def _unseen(heldout: Any, prepared: PreparedModel, problem: Problem) -> Unseen:
         raise InputError(
             "expected finite model outputs on the heldout data, got NaN or infinity; check x"
         )
-    return Unseen(outputs, y)
+    return Unseen(outputs, y, input_shift(x_train, given, seed=seed))
 
 
 def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Estimate | None:

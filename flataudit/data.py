@@ -1,7 +1,8 @@
 """The data of an audit by name: npz, csv, parquet, module:function, or what MLflow logged.
 
 Arrays keep their dtype, except that the features of a table become float64 (for token ids, which
-must stay integers, use an npz file). MLflow and pandas are imported only where they are needed.
+must stay integers, use an npz file). Class labels may be text (`flataudit.labels`). MLflow and
+pandas are imported only where they are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flataudit.errors import InputError
+from flataudit.labels import text_labels, with_indices
 from flataudit.store import one_line, scratch_folder, store_errors
 
 if TYPE_CHECKING:
@@ -83,9 +85,13 @@ def load_data(
 
 
 def digest_of(x: Any, y: Any) -> str:
-    """The sha256 that the report gives for this data: the value of a dataset's tag `sha256`."""
+    """The sha256 of this data: the report's, and the value of a dataset's tag `sha256`.
+
+    Labels as text count as the indices of their sorted unique values, whatever a model names.
+    """
     from flataudit.tensors import as_pair, digest
 
+    (x, y), _, _, _ = with_indices((x, y), None, None)
     return digest(*as_pair((x, y), "data"))
 
 
@@ -245,7 +251,7 @@ def _from_table(
             f"expected rows and feature columns in {path}, got {len(frame)} rows and"
             f" {len(names) - 1} features; write it again"
         )
-    text = [name for name in names if not is_numeric_dtype(frame[name].dtype)]
+    text = [name for name in names if name != target and not is_numeric_dtype(frame[name].dtype)]
     if text:
         raise InputError(
             f"expected numbers in {path}, got text or dates in {_few(text)}; encode these columns"
@@ -258,6 +264,14 @@ def _from_table(
             f"expected a value of {target} in each row of {path}, got"
             f" {int(column.isna().sum())} missing; drop those rows"
         )
+    if not is_numeric_dtype(column.dtype):
+        labels = text_labels(column.to_numpy(dtype=object))
+        if labels is None:
+            raise InputError(
+                f"expected numbers or class names in {target} of {path}, got {column.dtype};"
+                " convert this column"
+            )
+        return x, labels
     kinds = {"b": np.bool_, "i": np.int64, "u": np.int64}
     return x, column.to_numpy(dtype=kinds.get(column.dtype.kind, np.float64))
 
@@ -290,7 +304,12 @@ def _from_function(spec: str) -> tuple[NDArray[Any], NDArray[Any]]:
         raise InputError(
             f"expected {spec} to return (x, y), got {type(found).__name__}; return two arrays"
         )
-    return _as_array(found[0], f"x of {spec}"), _as_array(found[1], f"y of {spec}")
+    x, y = found
+    labels = text_labels(y)
+    return (
+        _as_array(x, f"x of {spec}"),
+        _as_array(y, f"y of {spec}") if labels is None else labels,
+    )
 
 
 def _as_array(value: Any, name: str) -> NDArray[Any]:

@@ -62,7 +62,8 @@ def loo(
     b = solved[:, :, 0] - residual
     outputs = f + family.shift(f, y, b)
     psi = family.nll(outputs, y) - family.nll(f, y)
-    if not bool(torch.isfinite(psi).all() and torch.isfinite(outputs).all()):
+    # The square sum too: steps so long that they have no standard error are no estimate.
+    if not bool(torch.isfinite(psi.square().sum()) and torch.isfinite(outputs).all()):
         return None
     return LeaveOneOut(outputs, psi)
 

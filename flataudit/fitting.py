@@ -104,12 +104,7 @@ def penalised_fit(
             "expected the dispersion RSS/(n - soft rank) to settle, got no fixed point in"
             f" {MAX_ROUNDS} rounds; likely cause: a soft rank near n; give --dispersion"
         )
-    residual = math.sqrt(
-        sum(
-            float((moments.mean[k] + resolved.objective[k] * p.detach()).square().sum())
-            for k, p in problem.params.items()
-        )
-    )
+    residual = penalties.remaining_gradient(resolved.objective, problem, moments.mean)
     rounding = ROUNDING * math.sqrt(moments.trace)
     stationarity = penalties.stationarity(resolved.objective, problem, moments.mean)
     settled = None

@@ -24,17 +24,22 @@ from flataudit.calibration import (
 from flataudit.estimates import LeaveOneOut, mean_and_se
 from flataudit.families import Family, log_probabilities
 from flataudit.fitting import PenalisedFit
-from flataudit.results import Calibration, Evidence, Interval, Premise
+from flataudit.results import Calibration, Evidence, Interval, Premise, Shift
 
+RATE_LIMIT = 1e30  # Poisson rates are judged within 1/RATE_LIMIT .. RATE_LIMIT: squares stay finite
 SCALE_LIMIT = 1e3  # logits are recalibrated by a factor within 1/SCALE_LIMIT .. SCALE_LIMIT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unseen:
-    """Held-out outputs f (m, K) and checked targets, on the audit's device."""
+    """Held-out outputs f (m, K) and checked targets, on the audit's device.
+
+    shift: how the inputs compare with those of training.
+    """
 
     outputs: Tensor
     y: Tensor
+    shift: Shift | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,5 +183,5 @@ def _assess(
             evidence=evidence,
             sigma_from_residuals=fit.dispersion.source == "residuals",
         )
-    rate = to_numpy(outputs.exp().reshape(-1))
+    rate = to_numpy(outputs.exp().clamp(1 / RATE_LIMIT, RATE_LIMIT).reshape(-1))
     return assess_poisson(to_numpy(y.reshape(-1)), rate, evidence=evidence, seed=seed)

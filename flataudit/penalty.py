@@ -9,7 +9,8 @@ to h/(h + 1/T): early stopping acts as a penalty 1/T (theory: docs/method.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,11 @@ def from_training(
             root = (spread + centre.square()).sqrt() + ADAM_EPS
             total[name] = (w + 1.0 / record.total_lr) * root / c
             objective[name] = w * root / c
+    if not all(bool(torch.isfinite(d).all()) for d in (*total.values(), *objective.values())):
+        raise InputError(
+            "expected a training record that gives a finite penalty, got one out of float64's"
+            " range; check the learning rates, the weight decay and the scale of the targets"
+        )
     return total, objective
 
 
@@ -153,13 +159,27 @@ def stationarity(
 ) -> float:
     """|gbar + D theta| / |gbar| with the objective's own D: 0 at its minimum.
 
-    A gradient of exactly zero counts as stationary.
+    A gradient of exactly zero counts as stationary; what float64 cannot hold is its largest number.
     """
-    residual = scale = 0.0
-    for name, p in problem.params.items():
-        residual += float((mean[name] + objective[name] * p.detach()).square().sum())
-        scale += float(mean[name].square().sum())
-    return math.sqrt(residual / scale) if scale > 0 else 0.0
+    scale = norm(mean.values())
+    residual = remaining_gradient(objective, problem, mean)
+    return min(residual / scale, sys.float_info.max) if scale > 0 else 0.0
+
+
+def remaining_gradient(
+    objective: Mapping[str, Tensor], problem: Problem, mean: Mapping[str, Tensor]
+) -> float:
+    """|gbar + D theta|."""
+    return norm(mean[name] + objective[name] * p.detach() for name, p in problem.params.items())
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm over all entries of all tensors, whose squares may overflow."""
+    flat = torch.cat([t.flatten().to(torch.float64) for t in tensors])
+    largest = float(flat.abs().max())
+    if not 0.0 < largest < math.inf:
+        return largest
+    return largest * float((flat / largest).square().sum().sqrt())
 
 
 def describe(

@@ -200,6 +200,24 @@ class HeldoutFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Shift:
+    """Two-sample test of the held-out against the training inputs (`flataudit.shift`).
+
+    `statistic` is the largest |z| of a feature's location and scale; `p_value` that of the
+    whole test. `worst_distance` is the worst feature's Kolmogorov distance, `joint_distance` the
+    same along the direction that tells the two samples apart; features are counted flattened.
+    """
+
+    p_value: float
+    statistic: float
+    n_features_shifted: int
+    worst_feature: int
+    worst_distance: float
+    joint_distance: float
+    n_features: int  # how many were looked at one by one
+
+
+@dataclass(frozen=True, slots=True)
 class SolverInfo:
     """How the curvature was factorised."""
 
@@ -247,6 +265,7 @@ class AuditReport:
     solver: SolverInfo
     samples: Samples = dataclasses.field(repr=False)
     display: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
+    shift: Shift | None = None  # held-out against training inputs
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values: numbers are float64 or null, never NaN or inf.

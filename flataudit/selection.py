@@ -21,6 +21,7 @@ from flataudit.results import (
     PenaltyInfo,
     Premise,
     Severity,
+    Shift,
 )
 
 
@@ -35,6 +36,8 @@ class SelectionPolicy:
     disagreement: float = 2.0  # largest over smallest of soft rank, TIC and LOO
     leverage: float = 0.9  # largest eigenvalue of some Q_i
     samples_per_rank: float = 10.0  # n / soft rank below: the interval is a lower bound
+    shift_level: float = 0.01  # p-value of the inputs' two-sample test below ...
+    shift_distance: float = 0.1  # ... and a Kolmogorov distance from here on
 
 
 def choose_estimator(
@@ -112,6 +115,7 @@ class Observations:
     gradient_noise: float  # |grad + D theta| / sqrt(trC / n)
     max_leverage: float  # largest eigenvalue of any Q_i
     training_time: bool  # D holds a finite training time
+    shift: Shift | None = None  # held-out against training inputs
 
 
 def collect_warnings(
@@ -124,6 +128,7 @@ def collect_warnings(
         *_penalty_warnings(seen, policy),
         *_estimate_warnings(seen, policy),
         *_heldout_warnings(seen),
+        *_shift_warnings(seen, policy),
     ]
     order: tuple[Severity, ...] = ("critical", "high", "warn", "info", "none")
     return tuple(sorted(found, key=lambda w: order.index(w.severity)))
@@ -220,6 +225,38 @@ def _heldout_warnings(seen: Observations) -> list[AuditWarning]:
             "high",
             f"the gap measured on held-out data, {heldout.gap:.3g} +- {half:.2g}, lies outside the"
             f" predicted {gap.low:.3g} to {gap.high:.3g}; trust the measurement",
+        )
+    ]
+
+
+def is_shifted(shift: Shift, policy: SelectionPolicy | None = None) -> bool:
+    """Whether the held-out inputs differ significantly and materially from the training inputs."""
+    policy = policy or SelectionPolicy()
+    distance = max(
+        shift.worst_distance if shift.n_features_shifted else 0.0,
+        shift.joint_distance,
+    )
+    return shift.p_value < policy.shift_level and distance >= policy.shift_distance
+
+
+def _shift_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWarning]:
+    shift = seen.shift
+    if shift is None or not is_shifted(shift, policy):
+        return []
+    what = (
+        f"feature {shift.worst_feature} most (counted from 0, flattened), whose distributions are"
+        f" {shift.worst_distance:.2f} of 1 apart; {shift.n_features_shifted} of"
+        f" {shift.n_features} differ"
+        if shift.n_features_shifted
+        else f"no feature by itself, but jointly they are {shift.joint_distance:.2f} of 1 apart"
+    )
+    return [
+        AuditWarning(
+            "outside_theory",
+            "warn",
+            f"the held-out inputs differ from the training inputs (p = {shift.p_value:.2g}):"
+            f" {what}; the prediction is for data like the training data, so rely on the measured"
+            " loss, and train on data like those to come",
         )
     ]
 

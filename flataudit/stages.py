@@ -23,12 +23,6 @@ from flataudit.config import AuditOptions
 from flataudit.errors import AuditFailedError, DeadlineError, FlatauditError, InputError
 
 Json = dict[str, Any]
-_DATA_MISMATCH = {
-    "code": "data_mismatch",
-    "severity": "high",
-    "message": "the sha256 of the training data differs from the one logged with it: they have"
-    " changed since training; audit the data that the model was trained on",
-}
 Progress = Callable[[str], None]
 
 
@@ -160,7 +154,9 @@ def _asked(loaded: Json, options: Json) -> Json:
 def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
     from flataudit.audit import audit
     from flataudit.data import load_data
+    from flataudit.models.classes import class_names
     from flataudit.models.registry import ModelSource, load_model
+    from flataudit.provenance import data_warnings
     from flataudit.store import use_tracking
 
     started = time.perf_counter()
@@ -172,6 +168,7 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
     heldout = None
     if loaded["heldout"]:
         heldout = load_data(loaded["heldout"], target=chosen.target, source=source)
+    classes = class_names(source, model) if train.y.dtype.kind == "U" else None
     found = audit(
         model,
         train.pair,
@@ -186,11 +183,11 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
         seed=chosen.seed,
         recalibrate=chosen.recalibrate,
         progress=progress,
+        classes=classes,
     )
     report = found.to_dict()
     report["model"] |= source.report_fields()
-    if train.tag_sha256 not in (None, report["data"]["sha256"]):
-        report["warnings"].insert(0, _DATA_MISMATCH)
+    report["warnings"] = data_warnings(report, train, source) + report["warnings"]
     if report["penalty"]["source"] == "evidence":
         report["penalty"]["assumptions"].append(f"no training record: {loaded['training_origin']}")
     seconds = time.perf_counter() - started

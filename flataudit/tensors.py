@@ -34,6 +34,10 @@ def as_pair(data: Any, name: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"expected at least 2 samples in {name}, got {len(x)}; a gap needs a sample's spread"
         )
+    if x.numel() == 0:
+        raise InputError(
+            f"expected at least one feature in {name} x, got shape {tuple(x.shape)}; give inputs"
+        )
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum() if x.ndim > 1 else 1)
         raise InputError(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from flataudit import __version__
 from flataudit.data import CONTEXTS, digest_of, training_input
 from flataudit.errors import StoreError
+from flataudit.labels import text_labels
 from flataudit.models.registry import TRAINING_ARTIFACT, ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
@@ -202,7 +203,8 @@ def log_training_data(
     import numpy as np
 
     sha = digest_of(x, y)
-    x, y = np.asarray(x), np.asarray(y)
+    labels = text_labels(y)
+    x, y = np.asarray(x), np.asarray(y) if labels is None else labels
     path = Path(scratch_folder()) / f"{name}.npz"
     np.savez(path, x=x, y=y)
     with store_errors(f"log the training data to run {run_id}"):

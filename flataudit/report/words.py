@@ -89,7 +89,7 @@ _WARNINGS: Mapping[str, tuple[str, str, str]] = {
     "outside_theory": (
         "Partly outside what the theory covers",
         "Treat the number as a rough indication and confirm it on held-out data.",
-        "The message names the part of the model or of its training that is not covered.",
+        "The message names the part of the model, its training or its data that is not covered.",
     ),
 }
 WARNING_CODES: tuple[str, ...] = tuple(_WARNINGS)

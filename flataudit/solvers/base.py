@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from flataudit.curvature.problem import Problem
+from flataudit.errors import NumericalError
 
 Penalty = Mapping[str, Tensor]  # D by parameter name, the parameter's shape
 
 EIGENVALUE_LIMIT = 4000  # a spectrum costs about 14 Choleskys; above this size it is left out
+_NO_EIGENVALUES = (
+    "expected a curvature with finite eigenvalues, got a breakdown; likely causes: weights or"
+    " inputs near overflow, or a penalty far below 1e-14 of the curvature; raise the penalty"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +54,19 @@ class Solver(Protocol):
         ...
 
 
+def spectrum_of(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric positive semi-definite matrix (its upper triangle), descending.
+
+    Raises:
+        NumericalError: they cannot be had, as where the matrix holds what overflowed.
+    """
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrix, UPLO="U").flip(0).clamp_min(0.0)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
+        raise NumericalError(_NO_EIGENVALUES) from error
+    return values
+
+
 def pseudo_inverse_root(c: Tensor) -> Tensor:
     """C^(+1/2) of a symmetric positive semi-definite matrix, (m, rank).
 
@@ -60,7 +78,10 @@ def pseudo_inverse_root(c: Tensor) -> Tensor:
     # Unit diagonal first: features of very different scale are no null space.
     scale = c.diagonal().clamp_min(0.0).sqrt()
     scale = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
-    values, vectors = torch.linalg.eigh(scale[:, None] * c * scale)
+    try:
+        values, vectors = torch.linalg.eigh(scale[:, None] * c * scale)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in its __all__
+        raise NumericalError(_NO_EIGENVALUES) from error
     floor = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
     keep = values > 8 * floor
     root: Tensor = scale[:, None] * vectors[:, keep] * values[keep].rsqrt()

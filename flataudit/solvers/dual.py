@@ -22,6 +22,7 @@ from flataudit.solvers.base import (
     FunctionalVariance,
     Penalty,
     pseudo_inverse_root,
+    spectrum_of,
 )
 
 SAMPLES_PER_BLOCK = 64
@@ -46,8 +47,7 @@ class Dual:
         ratios = None
         if spectrum and problem.n_rows <= EIGENVALUE_LIMIT:
             # Only as many as there are penalised parameters differ from zero.
-            values = torch.linalg.eigvalsh(matrix, UPLO="U").flip(0).clamp_min(0.0)
-            ratios = values[: problem.n_params - b0.shape[1]]
+            ratios = spectrum_of(matrix)[: problem.n_params - b0.shape[1]]
         matrix.diagonal().add_(1.0)
         # x is X' = L^-T, upper triangular in C order: row i is the column X_i.
         x = inverse_factor(matrix)

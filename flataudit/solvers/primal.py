@@ -21,6 +21,7 @@ from flataudit.solvers.base import (
     FunctionalVariance,
     Penalty,
     pseudo_inverse_root,
+    spectrum_of,
 )
 
 
@@ -51,7 +52,7 @@ class Primal:
         inner = scale[:, None] * ggn[tied][:, tied] * scale
         ratios = None
         if spectrum and len(tied) <= EIGENVALUE_LIMIT:
-            ratios = torch.linalg.eigvalsh(inner).flip(0).clamp_min(0.0)[: problem.n_rows]
+            ratios = spectrum_of(inner)[: problem.n_rows]
         inner.diagonal().add_(1.0)
         lower, info = torch.linalg.cholesky_ex(inner)
         if int(info):
