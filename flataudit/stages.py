@@ -185,6 +185,7 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
         device=chosen.device,
         seed=chosen.seed,
         recalibrate=chosen.recalibrate,
+        sensitivity=chosen.sensitivity,
         progress=progress,
     )
     report = found.to_dict()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from flataudit import __version__
 from flataudit.data import CONTEXTS, digest_of, training_input
 from flataudit.errors import StoreError
-from flataudit.models.registry import TRAINING_ARTIFACT, ModelSource
+from flataudit.models.registry import ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Dataset
 
-    from flataudit.training import TrainingRecord
+    from flataudit.training import TRAINING_ARTIFACT, TrainingRecord
 
 EXPERIMENT = "flataudit"
 ARTIFACTS = "flataudit"  # the folder of the run's artifacts

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flataudit.errors import InputError
-from flataudit.training import parse_training, training_from_run
+from flataudit.run_records import training_from_run
+from flataudit.training import parse_training
 
 TEXT = "optimizer=sgd,lr=0.1,steps=30,momentum=0.9,weight_decay=0.001,batch_size=32"
 VALUES = {
