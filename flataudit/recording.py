@@ -245,12 +245,12 @@ def _steps(optimizer: torch.optim.Optimizer, steps: int | None) -> int:
 
 
 def _time(rates: Rates, momentum: float, dampening: float, nesterov: bool) -> float:
-    """SGD's training time: a step counts lr (1 - m^u)/(1 - m), u steps before the end (with its own
-    look-ahead one power of m more)."""
+    """SGD's training time: step t counts lr_t (1 - m^t)/(1 - m), as in `TrainingRecord`; Nesterov's
+    looks one power of m ahead."""
     if momentum == 0.0:
         return math.fsum(rates)
-    remaining = np.arange(len(rates), 0, -1) + nesterov
-    weights = -np.expm1(remaining * math.log(momentum)) / (1.0 - momentum)
+    powers = np.arange(1, len(rates) + 1) + nesterov
+    weights = -np.expm1(powers * math.log(momentum)) / (1.0 - momentum)
     return (1.0 - dampening) * math.fsum(rates * weights)
 
 

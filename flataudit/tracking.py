@@ -26,13 +26,14 @@ from flataudit.models.registry import ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
+from flataudit.training import TRAINING_ARTIFACT
 from flataudit.versions import set_verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Dataset
 
-    from flataudit.training import TRAINING_ARTIFACT, TrainingRecord
+    from flataudit.training import TrainingRecord
 
 EXPERIMENT = "flataudit"
 ARTIFACTS = "flataudit"  # the folder of the run's artifacts

@@ -2,8 +2,9 @@
 
 Stopping after a finite time acts as a penalty (`flataudit.penalty`), so the record is the largest
 single lever on an audit's accuracy. Keys: optimizer (sgd|adam|adamw|converged), sum_lr (or lr,
-schedule constant|cosine|linear, steps), momentum, dampening, batch_size, weight_decay, and
-loss (nll|mse|half_mse): what the weight decay was added to.
+schedule constant|cosine|linear, steps, warmup_steps), momentum, dampening, batch_size,
+weight_decay, time (SGD's training time, where known exactly), groups (what differs by
+parameter), and loss (nll|mse|half_mse): what the weight decay was added to.
 """
 
 from __future__ import annotations
@@ -90,10 +91,11 @@ class TrainingRecord:
         return rates if self.sum_lr is None else rates * (self.sum_lr / (rates.sum() or 1.0))
 
     def training_time(self) -> float:
-        """Gradient-flow time T of SGD with momentum m: each step still to come counts.
+        """Gradient-flow time T of SGD with momentum m: how far it goes under a gradient of 1.
 
-        T = (1 - dampening) sum_u lr_u (1 - m^u)/(1 - m), u steps before the end; without the
-        number of steps the long-run limit (1 - dampening) sum lr/(1 - m).
+        T = (1 - dampening) sum_t lr_t (1 - m^t)/(1 - m), t = 1 the first step: torch's learning
+        rate multiplies the momentum built up by then. Without the number of steps the long-run
+        limit (1 - dampening) sum lr/(1 - m).
 
         >>> record = TrainingRecord("sgd", lr=1.0, steps=20, momentum=0.9)
         >>> round(record.training_time() / 20, 1)
@@ -104,8 +106,7 @@ class TrainingRecord:
         m = self.momentum
         if not self.steps or m == 0.0:
             return (1.0 - self.dampening) * self.total_lr / (1.0 - m)
-        remaining = np.arange(self.steps, 0, -1)
-        weights = -np.expm1(remaining * math.log(m)) / (1.0 - m)
+        weights = -np.expm1(np.arange(1, self.steps + 1) * math.log(m)) / (1.0 - m)
         return (1.0 - self.dampening) * float(self.learning_rates() @ weights)
 
     def by_parameter(self, names: Iterable[str]) -> dict[str, TrainingRecord]:
