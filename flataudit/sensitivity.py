@@ -29,8 +29,15 @@ def wants_sensitivity(asked: str | bool, problem: Problem) -> bool:
     return min(problem.n_params, problem.n_rows) <= LIMIT
 
 
-def penalty_sensitivity(fit: PenalisedFit, at_penalty: Estimates) -> tuple[PenaltyPoint, ...]:
-    """The estimates' gaps at D times each factor, dispersion and recalibration held fixed."""
+def penalty_sensitivity(
+    fit: PenalisedFit, at_penalty: Estimates
+) -> tuple[PenaltyPoint, ...] | None:
+    """The estimates' gaps at D times each factor, dispersion and recalibration held fixed.
+
+    None where D is zero: then no factor changes it.
+    """
+    if not any(bool(d.any()) for d in fit.penalty.values()):
+        return None
     recalibrated = at_penalty.soft_rank_recalibrated
     here = PenaltyPoint(
         1.0,

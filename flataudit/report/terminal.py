@@ -32,7 +32,7 @@ def render(report: dict[str, Any]) -> str:
     for note in report["penalty"]["assumptions"]:
         lines += _row("", note)
     if report.get("sensitivity"):
-        lines += _row("", f"gap {sensitivity.text(report)} (D: the penalty)")
+        lines += _row("sensitivity", f"gap {sensitivity.text(report)}; D: the penalty")
     solver = report["solver"]
     lines += _row(
         "solver", f"{solver['name']} on {solver['device']} in {solver['seconds']:.2g} s"
