@@ -271,6 +271,7 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> list[li
             "expected model=... with parameter groups that differ in weight decay or learning rate,"
             " got none; give the model, whose parameters it names"
         )
+    model = _unwrapped(model)
     named: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
@@ -285,3 +286,11 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> list[li
         [named[id(p)] for p in group["params"] if id(p) in named]
         for group in optimizer.param_groups
     ]
+
+
+def _unwrapped(model: Any) -> Any:
+    """The network inside torch.compile or (Distributed)DataParallel, as it is logged."""
+    if hasattr(model, "_orig_mod"):
+        return _unwrapped(model._orig_mod)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return _unwrapped(model.module) if isinstance(model, wrappers) else model

@@ -49,6 +49,11 @@ _SCHEDULES = {
     "constant_schedule_with_warmup": "constant",
     "get_constant_schedule_with_warmup": "constant",
 }
+_MEANS = {
+    "nll": "crossentropyloss crossentropy nllloss bcewithlogitsloss bceloss poissonnllloss"
+    " gaussiannllloss",
+    "mse": "mseloss meansquarederror squarederror",
+}
 _NOT_DECAYED = ("*bias", "*[Ll]ayer[Nn]orm*", "*layer_norm*", "*[Rr][Mm][Ss][Nn]orm*")
 
 
@@ -75,8 +80,8 @@ def training_from_run(
             for key in ("momentum", "dampening", "weight_decay", "sum_lr", "lr", "steps", "loss")
             if key in found and key not in values
         }
-        if str(values.get("loss", "nll")).lower() not in LOSSES:
-            notes.append(f"the loss {values.pop('loss')!r} is taken as the family's own")
+        if "loss" in values:
+            values["loss"] = _loss(str(values["loss"]))
         batch = _batch(found, notes)
         if batch is not None:
             values["batch_size"] = batch
@@ -131,6 +136,17 @@ def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
     if "initial_lr" in text:
         values.pop("lr", None)  # what a scheduler left, not what training began with
     return values
+
+
+def _loss(text: str) -> str:
+    """nll, mse or half_mse, by torch's names too: 'CrossEntropyLoss()', 'cross_entropy'."""
+    name = re.sub(r"^(<class ')?(\w+\.)*", "", text.strip().lower()).partition("(")[0].strip(" '<>")
+    for loss, names in _MEANS.items():
+        if name.replace("_", "") in names.split():
+            return loss
+    if name not in LOSSES:
+        raise _UnknownError(f"loss {text[:40]!r} is not known: {', '.join(LOSSES)} are")
+    return name
 
 
 def _batch(found: Mapping[str, Any], notes: list[str]) -> int | None:
@@ -233,6 +249,8 @@ def _from_history(
         values["steps"] = logged
         values["sum_lr"] = math.fsum(history)
     elif logged >= float(steps):
+        if logged > float(steps) and float(found.get("accumulated", 1)) > 1:
+            raise _UnknownError(f"{logged} learning rates for {steps} steps of accumulated batches")
         if logged > float(steps):
             notes.append(f"steps = {logged}, as the lr metric has values, not {steps}")
             values["steps"] = logged

@@ -277,6 +277,13 @@ def test_groups_by_parameter_name():
     assert "model=" in refused(lambda: make_record(optimizer, rates, 8, None, None, ()))
 
 
+def test_names_are_those_of_the_network_inside_its_wrapper():
+    model, optimizer = grouped()
+    rates = np.tile([0.5, 0.02], (10, 1))
+    record = make_record(optimizer, rates, 8, None, nn.DataParallel(model), ())
+    assert record.groups[0].parameters == ("0.bias", "2.bias")
+
+
 def test_groups_that_do_not_differ_need_no_names():
     first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second]}], lr=0.1)

@@ -293,8 +293,28 @@ def test_defaults_that_are_assumed():
     record = read({"optimizer": "AdamW", "lr": 0.1, "steps": 5, "batch_size": 4})
     assert record.weight_decay == 0.01
     assert any("torch's default" in text for text in record.assumptions)
-    record = read(SGD | {"loss": "CrossEntropyLoss", "gradient_clip_val": 0.5})
-    assert record.loss is None
-    told = " ".join(record.assumptions)
-    assert "'CrossEntropyLoss'" in told
-    assert "clipping" in told
+    record = read(SGD | {"gradient_clip_val": 0.5})
+    assert any("clipping" in text for text in record.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("text", "loss"),
+    [
+        ("CrossEntropyLoss()", "nll"),
+        ("torch.nn.modules.loss.MSELoss", "mse"),
+        ("cross_entropy", "nll"),
+        ("half_mse", "half_mse"),
+    ],
+)
+def test_the_loss_by_its_names(text, loss):
+    assert read(SGD | {"loss": text}).loss == loss
+
+
+def test_another_loss_is_no_guess():
+    assert "'SmoothL1Loss' is not known" in unknown(SGD | {"loss": "SmoothL1Loss"})
+
+
+def test_learning_rates_of_accumulated_batches_are_not_those_of_steps():
+    params = SGD | {"batch_size": 4, "accumulate_grad_batches": 2}
+    assert "accumulated" in unknown(params, [0.1] * 24)
+    assert read(params).batch_size == 8
