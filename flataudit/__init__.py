@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flataudit.audit import audit as audit
     from flataudit.errors import FlatauditError as FlatauditError
     from flataudit.errors import InputError as InputError
+    from flataudit.recording import TrainingRecorder as TrainingRecorder
+    from flataudit.recording import log_training as log_training
     from flataudit.results import AuditReport as AuditReport
 
 try:
@@ -25,8 +27,17 @@ _HOMES = {
     "AuditReport": "flataudit.results",
     "FlatauditError": "flataudit.errors",
     "InputError": "flataudit.errors",
+    "TrainingRecorder": "flataudit.recording",
+    "log_training": "flataudit.recording",
 }
-__all__ = ["AuditReport", "FlatauditError", "InputError", "audit"]
+__all__ = [
+    "AuditReport",
+    "FlatauditError",
+    "InputError",
+    "TrainingRecorder",
+    "audit",
+    "log_training",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,9 @@
 Read `audit` from top to bottom: (1) the model and its data as one problem B = S'J/sqrt(n);
 (2) the penalty D and the factorisation of G + D, G = B'B; (3) soft rank, TIC and leave-one-out
 from one object, the functional variance; (4) calibration on data the fit did not see; (5) the
-soft rank of the recalibrated model, where the decision list asks for it; (6) which estimate to
-believe, how far, and what to warn of. Source: arXiv 2506.17809; docs/method.md has the formulas.
+soft rank of the recalibrated model, where the decision list asks for it, and the estimates at
+D/3 and 3D; (6) which estimate to believe, how far, and what to warn of. Source: arXiv 2506.17809;
+docs/method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from flataudit.selection import (
     collect_warnings,
     needs_recalibration,
 )
+from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
 from flataudit.solvers import SOLVERS, check_name
 from flataudit.tensors import as_pair, digest, resolve_device
@@ -84,6 +86,7 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     recalibrate: bool = False,
+    sensitivity: str | bool = "auto",
     chunk_size: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> AuditReport:
@@ -112,6 +115,8 @@ def audit(
             estimates have none.
         progress: Called with a short text as each stage starts.
         recalibrate: Also compute the soft rank of the recalibrated model where not needed.
+        sensitivity: Also give the estimates at D/3 and 3D: 'auto' (where min(P, N) is at most
+            2,000), True or False.
         chunk_size: Samples per chunk; the default follows from memory. Changes no number.
         classes: The names of the outputs in order, for labels given as text; without it they are
             the sorted training labels, and the report says so.
@@ -177,7 +182,8 @@ def audit(
     linear = problem.is_linear()
     premise = premise_test(fit, left_out)
 
-    # (5) The soft rank of the recalibrated model: a second factorisation, where it is needed.
+    # (5) The soft rank of the recalibrated model: a second factorisation, where it is needed; how
+    # much the estimates depend on D: one more for each of D/3 and 3D, where that is cheap.
     recalibrated = None
     if recalibrate or needs_recalibration(calibration, linear=linear, saturated=saturated):
         say("recalibrating")
@@ -196,6 +202,10 @@ def audit(
         ),
         soft_rank_recalibrated=recalibrated,
     )
+    penalties = None
+    if wants_sensitivity(sensitivity, problem):
+        say("varying the penalty")
+        penalties = penalty_sensitivity(fit, estimates)
 
     # (6) Which estimate to believe, how far, and what to warn of.
     policy = SelectionPolicy()
@@ -271,6 +281,7 @@ def audit(
         ),
         display=build_display(fit, judged, nll, leverage, energy, left_out),
         shift=None if unseen is None else unseen.shift,
+        sensitivity=penalties,
     )
 
 

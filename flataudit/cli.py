@@ -64,6 +64,9 @@ def audit(
     curvature: Annotated[str, typer.Option(help="ggn")] = "",
     solver: Annotated[str, typer.Option(help="auto, primal or dual")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
+    sensitivity: Annotated[
+        str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")
+    ] = "",
     config: Annotated[str, typer.Option(help="YAML file of options; the command line wins")] = "",
     json_file: Annotated[
         str, typer.Option("--json", help="write the report as JSON to FILE, or - for stdout")
@@ -91,6 +94,7 @@ def audit(
         "curvature": curvature,
         "solver": solver,
         "device": device,
+        "sensitivity": sensitivity,
         "deadline": deadline,
         "tracking_uri": tracking_uri,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +30,7 @@ class AuditOptions(BaseModel):
     device: str = "auto"
     seed: int = 0
     recalibrate: bool = False
+    sensitivity: Literal["auto"] | bool = "auto"
     deadline: float | None = Field(default=None, gt=0, le=1e6)  # seconds; above, timers overflow
     tracking_uri: str | None = None
 

@@ -82,13 +82,19 @@ def from_training(
     s_j = sqrt(v_j) + eps and v_j the second moment of the mini-batch gradient of the training
     loss at the final weights: gbar_j^2 + (diag(C)_j - gbar_j^2)/b (n-b)/(n-1), which counts
     sampling without replacement; L2-Adam's gbar includes w theta_j. converged: w/c.
-    loss_scale c: training loss = c (mean NLL) + constant. decay: w by parameter name where it is
-    not the record's for all.
+    loss_scale c: training loss = c (mean NLL) + constant. w and the learning rates are those of
+    the parameter's group, where the record has groups; decay: w by parameter name where it is
+    not the record's.
+
+    Raises:
+        InputError: a group that names no parameter of the model.
     """
     c, n = loss_scale, problem.n_samples
+    records = record.by_parameter(problem.params)
     total: dict[str, Tensor] = {}
     objective: dict[str, Tensor] = {}
     for name, p in problem.params.items():
+        record = records[name]
         w = record.weight_decay if decay is None else decay[name]
         objective[name] = _full(p, w / c)
         if record.optimizer == "converged":

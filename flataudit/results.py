@@ -68,6 +68,17 @@ class Estimates:
 
 
 @dataclass(frozen=True, slots=True)
+class PenaltyPoint:
+    """The gaps by each estimator at `factor` times the penalty; None where there is none."""
+
+    factor: float
+    soft_rank: float | None
+    tic: float | None
+    loo: float | None
+    soft_rank_recalibrated: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """Calibration metrics, tests and the verdict drawn from them.
 
@@ -266,6 +277,7 @@ class AuditReport:
     samples: Samples = dataclasses.field(repr=False)
     display: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
     shift: Shift | None = None  # held-out against training inputs
+    sensitivity: tuple[PenaltyPoint, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values: numbers are float64 or null, never NaN or inf.

@@ -182,6 +182,7 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
         device=chosen.device,
         seed=chosen.seed,
         recalibrate=chosen.recalibrate,
+        sensitivity=chosen.sensitivity,
         progress=progress,
         classes=classes,
     )

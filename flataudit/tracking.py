@@ -23,10 +23,11 @@ from flataudit import __version__
 from flataudit.data import CONTEXTS, digest_of, training_input
 from flataudit.errors import StoreError
 from flataudit.labels import text_labels
-from flataudit.models.registry import TRAINING_ARTIFACT, ModelSource
+from flataudit.models.registry import ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
+from flataudit.training import TRAINING_ARTIFACT
 from flataudit.versions import set_verdict
 
 if TYPE_CHECKING:

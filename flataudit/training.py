@@ -2,8 +2,9 @@
 
 Stopping after a finite time acts as a penalty (`flataudit.penalty`), so the record is the largest
 single lever on an audit's accuracy. Keys: optimizer (sgd|adam|adamw|converged), sum_lr (or lr,
-schedule constant|cosine|linear, steps), momentum, dampening, batch_size, weight_decay, and
-loss (nll|mse|half_mse): what the weight decay was added to.
+schedule constant|cosine|linear, steps, warmup_steps), momentum, dampening, batch_size,
+weight_decay, time (SGD's training time, where known exactly), groups (what differs by
+parameter), and loss (nll|mse|half_mse): what the weight decay was added to.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,33 @@ from numpy.typing import NDArray
 
 from flataudit.errors import InputError
 
+TRAINING_ARTIFACT = "flataudit/training.json"  # of the training run: the complete record
 OPTIMIZERS = ("sgd", "adam", "adamw", "converged")
 SCHEDULES = ("constant", "cosine", "linear")
 LOSSES = ("nll", "mse", "half_mse")
-NUMBERS = ("sum_lr", "lr", "steps", "momentum", "dampening", "batch_size", "weight_decay")
-KEYS = ("optimizer", *NUMBERS, "schedule", "loss")
+GROUP_NUMBERS = ("sum_lr", "lr", "time", "weight_decay")
+NUMBERS = (*GROUP_NUMBERS, "steps", "warmup_steps", "momentum", "dampening", "batch_size")
+KEYS = ("optimizer", *NUMBERS, "schedule", "loss", "groups")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGroup:
+    """What was different for some parameters, by name or pattern (`*.bias`); None: as the rest."""
+
+    parameters: tuple[str, ...]
+    weight_decay: float | None = None
+    lr: float | None = None
+    sum_lr: float | None = None
+    time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecord:
     """How a model was trained; `assumptions` lists what was filled in rather than read.
 
-    sum_lr: sum of the learning rates over all steps; steps: how many, where known.
+    sum_lr: sum of the learning rates over all steps; steps: how many, where known; warmup_steps:
+    the first ones, of linear warm-up from 0; time: SGD's `training_time` where whoever wrote the
+    record knew each step's learning rate.
     """
 
     optimizer: str
@@ -45,6 +62,9 @@ class TrainingRecord:
     batch_size: int | None = None
     weight_decay: float = 0.0
     loss: str | None = None
+    warmup_steps: int = 0
+    time: float | None = None
+    groups: tuple[TrainingGroup, ...] = ()
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -59,37 +79,87 @@ class TrainingRecord:
         steps = self.steps or 0
         if self.lr is None:
             return np.full(steps, (self.sum_lr or 0.0) / max(steps, 1))
-        progress = np.arange(steps) / max(steps, 1)
+        at, warm = np.arange(steps), self.warmup_steps
+        progress = np.maximum(at - warm, 0) / max(steps - warm, 1)
         if self.schedule == "cosine":
             shape = 0.5 * (1.0 + np.cos(np.pi * progress))
         elif self.schedule == "linear":
             shape = 1.0 - progress
         else:
             shape = np.ones(steps)
-        rates = self.lr * shape
-        return rates if self.sum_lr is None else rates * (self.sum_lr / rates.sum())
+        rates = self.lr * np.where(at < warm, at / max(warm, 1), shape)
+        return rates if self.sum_lr is None else rates * (self.sum_lr / (rates.sum() or 1.0))
 
     def training_time(self) -> float:
-        """Gradient-flow time T of SGD with momentum m: each step still to come counts.
+        """Gradient-flow time T of SGD with momentum m: how far it goes under a gradient of 1.
 
-        T = (1 - dampening) sum_u lr_u (1 - m^u)/(1 - m), u steps before the end; without the
-        number of steps the long-run limit (1 - dampening) sum lr/(1 - m).
+        T = (1 - dampening) sum_t lr_t (1 - m^t)/(1 - m), t = 1 the first step: torch's learning
+        rate multiplies the momentum built up by then. Without the number of steps the long-run
+        limit (1 - dampening) sum lr/(1 - m).
 
         >>> record = TrainingRecord("sgd", lr=1.0, steps=20, momentum=0.9)
         >>> round(record.training_time() / 20, 1)
         6.0
         """
+        if self.time is not None:
+            return self.time
         m = self.momentum
         if not self.steps or m == 0.0:
             return (1.0 - self.dampening) * self.total_lr / (1.0 - m)
-        remaining = np.arange(self.steps, 0, -1)
-        weights = -np.expm1(remaining * math.log(m)) / (1.0 - m)
+        weights = -np.expm1(np.arange(1, self.steps + 1) * math.log(m)) / (1.0 - m)
         return (1.0 - self.dampening) * float(self.learning_rates() @ weights)
+
+    def by_parameter(self, names: Iterable[str]) -> dict[str, TrainingRecord]:
+        """The record of each parameter: that of its group, else the record's own values.
+
+        Raises:
+            InputError: a name that the model does not have, a group without parameters, or a
+                parameter in two groups.
+        """
+        names = list(names)
+        found = dict.fromkeys(names, self)
+        taken: set[str] = set()
+        for number, group in enumerate(self.groups, start=1):
+            matched = [n for n in names if any(fnmatchcase(n, p) for p in group.parameters)]
+            plain = [p for p in group.parameters if p not in names and not set("*?[") & set(p)]
+            if plain or not matched:
+                raise InputError(
+                    f"expected group {number} of the training record to name parameters of the"
+                    f" model, got {(plain or group.parameters)[0]!r}; the model has"
+                    f" {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                )
+            twice = taken.intersection(matched)
+            if twice:
+                raise InputError(
+                    f"expected each parameter in at most one group of the training record, got"
+                    f" {min(twice)!r} in two; make the patterns narrower"
+                )
+            taken.update(matched)
+            found |= dict.fromkeys(matched, self._of_group(group))
+        return found
+
+    def _of_group(self, group: TrainingGroup) -> TrainingRecord:
+        changes: dict[str, Any] = {"groups": ()}
+        if group.weight_decay is not None:
+            changes["weight_decay"] = group.weight_decay
+        if group.sum_lr is not None:
+            time = None if self.time is None else self.time * group.sum_lr / self.total_lr
+            changes |= {"sum_lr": group.sum_lr, "time": time}
+        elif group.lr is not None and self.lr is not None:
+            share = group.lr / self.lr
+            time = None if self.time is None else self.time * share
+            changes |= {"lr": group.lr, "sum_lr": self.total_lr * share, "time": time}
+        elif group.lr is not None:
+            changes |= {"lr": group.lr, "sum_lr": None, "time": None}
+        if group.time is not None:
+            changes["time"] = group.time
+        return dataclasses.replace(self, **changes)
 
     def to_record(self) -> dict[str, Any]:
         """The record as `parse_training` reads it back."""
         fields = dataclasses.asdict(self)
-        return {key: value for key, value in fields.items() if value not in (None, ())}
+        fields["groups"] = [_without_none(group) for group in fields["groups"]]
+        return {key: value for key, value in fields.items() if value not in (None, (), [])}
 
     def to_dict(self) -> dict[str, Any]:
         """The record as the report shows it; what does not exist is None."""
@@ -103,6 +173,10 @@ class TrainingRecord:
             "dampening": self.dampening,
             "steps": self.steps,
             "loss": self.loss,
+            "groups": [
+                _without_none(dataclasses.asdict(group)) | {"parameters": list(group.parameters)}
+                for group in self.groups
+            ],
         }
 
 
@@ -145,6 +219,9 @@ def parse_training(source: Mapping[str, Any] | str | Path) -> TrainingRecord:
         batch_size=_whole("batch_size", numbers),
         weight_decay=numbers.get("weight_decay", 0.0),
         loss=_choice("loss", values["loss"], LOSSES) if "loss" in values else None,
+        warmup_steps=_whole("warmup_steps", numbers, at_least=0) or 0,
+        time=numbers.get("time"),
+        groups=_groups(values.get("groups", ())),
         assumptions=tuple(values.get("assumptions", ())),
     )
     _check(record)
@@ -174,6 +251,55 @@ def _check(record: TrainingRecord) -> None:
             f"expected batch_size in the training record of {record.optimizer}, got none; its"
             " second moment depends on it"
         )
+    if record.time == 0:
+        raise InputError("expected a training time above 0, got 0; leave it out or check the steps")
+    for group in record.groups:
+        if group.sum_lr is None and group.lr is not None and not (record.lr or record.steps):
+            raise InputError(
+                "expected sum_lr for a group of the training record, got its lr alone; give the"
+                " group's sum_lr, or lr and steps of the whole record"
+            )
+        if 0.0 in (group.sum_lr, group.lr, group.time):
+            raise InputError(
+                "expected learning rates above 0 in each group of the training record, got 0; leave"
+                " out what was not trained (requires_grad=False)"
+            )
+
+
+def _groups(given: Any) -> tuple[TrainingGroup, ...]:
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise InputError(
+            f"expected training groups as a list of {{parameters: [names], weight_decay, lr}}, got"
+            f" {given!r}; give them in a mapping or a file"
+        )
+    return tuple(_group(item) for item in given)
+
+
+def _group(given: Any) -> TrainingGroup:
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"expected a training group as {{parameters: [names], weight_decay, lr}}, got"
+            f" {given!r}; check the record"
+        )
+    values = _without_none(given)
+    unknown = sorted(set(values) - {"parameters", *GROUP_NUMBERS})
+    if unknown:
+        raise InputError(
+            f"unknown key {unknown[0]!r} in a training group; choose from: parameters,"
+            f" {', '.join(sorted(GROUP_NUMBERS))}"
+        )
+    names = values.pop("parameters", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"expected parameters: [names or patterns] in a training group, got {names!r}; name"
+            " what the group holds"
+        )
+    return TrainingGroup(names, **{key: _number(key, value) for key, value in values.items()})
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _is_file(path: Path) -> bool:
@@ -229,13 +355,13 @@ def _number(key: str, value: Any) -> float:
     return number
 
 
-def _whole(key: str, numbers: Mapping[str, float]) -> int | None:
+def _whole(key: str, numbers: Mapping[str, float], at_least: int = 1) -> int | None:
     if key not in numbers:
         return None
-    if numbers[key] != int(numbers[key]) or numbers[key] < 1:
+    if numbers[key] != int(numbers[key]) or numbers[key] < at_least:
         raise InputError(
-            f"expected training {key} to be a whole number of at least 1, got {numbers[key]:g};"
-            " check the record"
+            f"expected training {key} to be a whole number of at least {at_least}, got"
+            f" {numbers[key]:g}; check the record"
         )
     return int(numbers[key])
 
@@ -247,63 +373,3 @@ def _choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
             " check the record"
         )
     return str(value).lower()
-
-
-# --- from a run's params and metrics ------------------------------------------------------------
-
-_NAMES = {
-    "optimizer": ("optimizer", "optimizer_name"),
-    "sum_lr": ("sum_lr",),
-    "lr": ("lr", "learning_rate"),
-    "schedule": ("schedule", "scheduler", "lr_schedule"),
-    "steps": ("steps", "max_steps", "n_steps"),
-    "momentum": ("momentum",),
-    "dampening": ("dampening",),
-    "batch_size": ("batch_size",),
-    "weight_decay": ("weight_decay",),
-    "loss": ("loss",),
-}
-_EPOCHS = ("epochs", "max_epochs", "num_epochs", "n_epochs")
-
-
-def training_from_run(
-    params: Mapping[str, Any], lr_history: list[float], n_samples: int
-) -> tuple[TrainingRecord | None, str]:
-    """The record that a run's logged params and lr metric allow, or None; and the reason.
-
-    Steps follow from epochs and batch size where only those were logged; the metric's history is
-    taken as one value per step or, where shorter, evenly spread over the steps.
-    """
-    values: dict[str, Any] = {}
-    for key, names in _NAMES.items():
-        for name in names:
-            if params.get(name) not in (None, "", "None"):
-                values[key] = params[name]
-                break
-    if "optimizer" not in values:
-        return None, "the source run logged no optimizer"
-    values["optimizer"] = str(values["optimizer"]).lower()
-    assumptions: list[str] = []
-    try:
-        epochs = next((float(params[name]) for name in _EPOCHS if params.get(name)), None)
-        batch = values.get("batch_size")
-        if "steps" not in values and epochs and batch:
-            values["steps"] = round(epochs * math.ceil(n_samples / float(batch)))
-            assumptions.append(
-                f"steps = {values['steps']}: {epochs:g} epochs of {n_samples} samples in batches"
-                f" of {batch}"
-            )
-        if lr_history and "sum_lr" not in values:
-            steps = float(values.get("steps", len(lr_history)))
-            values["sum_lr"] = sum(lr_history) * max(1.0, steps / len(lr_history))
-            if steps > len(lr_history):
-                assumptions.append("the lr metric's history is spread evenly over the steps")
-        if values.get("schedule") is None and "sum_lr" not in values and "lr" in values:
-            assumptions.append("constant learning rate: no schedule was logged")
-        for key in ("momentum", "weight_decay"):
-            if key not in values and (key == "weight_decay" or values["optimizer"] == "sgd"):
-                assumptions.append(f"{key} = 0: none was logged")
-        values["assumptions"] = tuple(assumptions)
-        return parse_training(values), "the source run's params and metrics"
-    except (InputError, ValueError) as error:
-        return None, f"the source run's record is incomplete ({error})"

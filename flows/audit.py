@@ -51,6 +51,7 @@ def audit_flow(
     device: str = "auto",
     seed: int = 0,
     recalibrate: bool = False,
+    sensitivity: str | bool = "auto",
     deadline: float | None = None,
     tracking_uri: str | None = None,
 ) -> Json:
@@ -72,6 +73,7 @@ def audit_flow(
             "device": device,
             "seed": seed,
             "recalibrate": recalibrate,
+            "sensitivity": sensitivity,
             "deadline": deadline,
             "tracking_uri": tracking_uri,
         },

@@ -29,6 +29,7 @@ def test_nothing_given_is_auto_everywhere():
         "device": "auto",
         "seed": 0,
         "recalibrate": False,
+        "sensitivity": "auto",
         "deadline": None,
         "tracking_uri": None,
     }
@@ -39,6 +40,12 @@ def test_empty_text_and_null_count_as_not_given():
     assert make_options(fields) == make_options({})
     assert make_options(dict.fromkeys(fields, "")) == make_options({})
     assert make_options({"penalty": 0.0}).penalty == 0.0  # zero is a value
+
+
+def test_sensitivity_auto_on_or_off():
+    given = {"auto": "auto", "on": True, "off": False, True: True, False: False}
+    for value, wanted in given.items():
+        assert make_options({"sensitivity": value}).sensitivity == wanted
 
 
 def test_penalty_by_number_name_or_auto():
@@ -79,6 +86,7 @@ def test_unknown_options_are_named_with_the_known_ones():
         ("family", 3, "a valid string, got 3"),
         ("solver", ["primal"], "a valid string"),
         ("recalibrate", "perhaps", "a valid boolean"),
+        ("sensitivity", "perhaps", "'auto'"),
     ],
 )
 def test_values_of_the_wrong_kind(name, value, expected):

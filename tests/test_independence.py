@@ -149,8 +149,9 @@ def test_public_names():
         " sorted(flataudit.__all__)])"
     )
     names = python(code).split()
-    assert names[:4] == ["AuditReport", "FlatauditError", "InputError", "audit"]
-    assert names[4:7] == names[:3]
+    classes = ["AuditReport", "FlatauditError", "InputError", "TrainingRecorder"]
+    assert names[:6] == [*classes, "audit", "log_training"]
+    assert names[6:10] == classes
 
 
 def test_unknown_name():

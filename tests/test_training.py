@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flataudit.errors import InputError
-from flataudit.training import parse_training, training_from_run
+from flataudit.training import parse_training
 
 TEXT = "optimizer=sgd,lr=0.1,steps=30,momentum=0.9,weight_decay=0.001,batch_size=32"
 VALUES = {
@@ -85,12 +85,19 @@ def test_long_run_without_steps():
     )
 
 
-def test_momentum_with_a_schedule_weights_early_steps_more():
-    """T = sum_u lr_u (1 - m^u)/(1 - m), u steps before the end: the first step counts most."""
-    record = parse_training("optimizer=sgd,lr=0.2,steps=7,momentum=0.5,schedule=linear")
-    rates = [0.2 * (1 - t / 7) for t in range(7)]
-    wanted = sum(r * (1 - 0.5 ** (7 - t)) / 0.5 for t, r in enumerate(rates))
-    assert record.training_time() == pytest.approx(wanted, rel=1e-12)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_momentum_with_a_schedule_is_how_far_torchs_sgd_goes(schedule):
+    """T = sum_t lr_t (1 - m^t)/(1 - m): the learning rate multiplies the momentum built up."""
+    record = parse_training(
+        f"optimizer=sgd,lr=0.2,steps=7,momentum=0.5,schedule={schedule},warmup_steps=2"
+    )
+    p = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = torch.optim.SGD([p], lr=1.0, momentum=0.5)
+    for rate in record.learning_rates():
+        optimizer.param_groups[0]["lr"] = float(rate)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert record.training_time() == pytest.approx(-p.item(), rel=1e-12)
 
 
 def test_a_known_sum_rescales_the_schedule():
@@ -162,63 +169,6 @@ def test_to_dict_is_json_with_the_contracts_keys():
     assert parse_training("optimizer=converged").to_dict()["sum_lr"] is None
 
 
-# --- from a run ---------------------------------------------------------------------------------
-
-
-def test_run_with_everything():
-    params = {
-        "optimizer": "SGD",
-        "learning_rate": "0.1",
-        "momentum": "0.9",
-        "weight_decay": "0.001",
-        "batch_size": "32",
-        "steps": "30",
-    }
-    record, reason = training_from_run(params, [], 320)
-    assert record is not None
-    assert (record.optimizer, record.lr, record.steps, record.momentum) == ("sgd", 0.1, 30, 0.9)
-    assert record.total_lr == pytest.approx(3.0)
-    assert "run" in reason
-
-
-def test_run_steps_from_epochs():
-    """Steps = epochs times the number of batches, the short last one included."""
-    params = {"optimizer": "sgd", "lr": 0.1, "epochs": 3, "batch_size": 32}
-    record, _ = training_from_run(params, [], 100)
-    assert record is not None
-    assert record.steps == 3 * 4
-    assert any("12" in text for text in record.assumptions)
-    assert any("momentum = 0" in text for text in record.assumptions)
-    assert any("weight_decay = 0" in text for text in record.assumptions)
-
-
-@pytest.mark.parametrize("history", [[0.1] * 12, [0.1, 0.1, 0.1]])
-def test_run_learning_rates_from_the_metric(history):
-    """One value per step, or one per epoch spread over its steps: the same sum."""
-    params = {"optimizer": "adam", "epochs": "3", "batch_size": "32"}
-    record, _ = training_from_run(params, history, 100)
-    assert record is not None
-    assert record.total_lr == pytest.approx(1.2)
-
-
-@pytest.mark.parametrize(
-    ("params", "part"),
-    [
-        ({}, "no optimizer"),
-        ({"optimizer": "lion", "lr": 1, "steps": 2}, "incomplete"),
-        ({"optimizer": "adam", "lr": 1, "steps": 2}, "batch_size"),
-        ({"optimizer": "sgd", "lr": "warm"}, "incomplete"),
-        ({"optimizer": "sgd", "epochs": "many"}, "incomplete"),
-        ({"optimizer": "sgd", "lr": 0.1, "epochs": 2, "batch_size": 0}, "incomplete"),
-    ],
-)
-def test_run_that_does_not_suffice(params, part):
-    """A run that logged too little is no error: there is no record, and a reason."""
-    record, reason = training_from_run(params, [], 100)
-    assert record is None
-    assert part in reason
-
-
 def test_no_nan_in_learning_rates():
     record = parse_training("optimizer=sgd,lr=0.1,steps=1,schedule=cosine")
     assert record.learning_rates().tolist() == [0.1]
@@ -230,3 +180,102 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00optimizer")
     with pytest.raises(InputError, match=r"expected valid YAML or JSON in .*check the file"):
         parse_training(path)
+
+
+# --- groups -------------------------------------------------------------------------------------
+
+NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def with_groups(*groups, **values):
+    base = {"optimizer": "sgd", "lr": 0.1, "steps": 10, "momentum": 0.9, "weight_decay": 0.01}
+    return parse_training(base | values | {"groups": list(groups)})
+
+
+def test_groups_by_name_and_pattern():
+    record = with_groups(
+        {"parameters": ["*.bias"], "weight_decay": 0},
+        {"parameters": "2.weight", "lr": 0.02},
+    )
+    found = record.by_parameter(NAMES)
+    assert found["0.weight"] == record
+    assert [found[name].weight_decay for name in NAMES] == [0.01, 0.0, 0.01, 0.0]
+    assert found["0.bias"].training_time() == pytest.approx(record.training_time())
+    assert found["2.weight"].total_lr == pytest.approx(0.2)
+    assert found["2.weight"].training_time() == pytest.approx(0.2 * record.training_time())
+    assert parse_training(record.to_record()) == record
+    shown = record.to_dict()["groups"]
+    assert shown == [
+        {"parameters": ["*.bias"], "weight_decay": 0.0},
+        {"parameters": ["2.weight"], "lr": 0.02},
+    ]
+    json.dumps(shown)
+
+
+def test_the_learning_rates_of_a_group():
+    group = {"parameters": ["0.bias"], "sum_lr": 0.5}
+    bias = with_groups(group, time=8.0).by_parameter(NAMES)["0.bias"]
+    assert (bias.total_lr, bias.training_time()) == (0.5, pytest.approx(4.0))
+    bias = with_groups(group | {"time": 3.0}, time=8.0).by_parameter(NAMES)["0.bias"]
+    assert bias.training_time() == 3.0
+    alone = {"optimizer": "sgd", "sum_lr": 2.0, "steps": 10, "groups": [{"parameters": ["0.bias"],
+             "lr": 0.3}]}  # fmt: skip
+    assert parse_training(alone).by_parameter(NAMES)["0.bias"].total_lr == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "part"),
+    [
+        ([{"parameters": ["0.wieght"]}], "'0.wieght'"),
+        ([{"parameters": ["*.scale"]}], "'*.scale'"),
+        ([{"parameters": ["*.bias"]}, {"parameters": ["0.*"]}], "'0.bias' in two"),
+    ],
+)
+def test_groups_that_do_not_fit_the_model(groups, part):
+    with pytest.raises(InputError) as caught:
+        with_groups(*groups).by_parameter(NAMES)
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "part"),
+    [
+        ("*.bias", "as a list"),
+        ({"parameters": ["a"]}, "as a list"),
+        (3, "as a list"),
+        (["a"], "a training group as"),
+        ([{"weight_decay": 0}], "parameters: [names or patterns]"),
+        ([{"parameters": [1]}], "parameters: [names or patterns]"),
+        ([{"parameters": ["a"], "momentum": 0.5}], "unknown key 'momentum'"),
+        ([{"parameters": ["a"], "weight_decay": -1}], "weight_decay"),
+        ([{"parameters": ["a"], "lr": 0}], "above 0"),
+    ],
+)
+def test_bad_groups(groups, part):
+    with pytest.raises(InputError) as caught:
+        parse_training({"optimizer": "sgd", "sum_lr": 1, "steps": 2, "groups": groups})
+    assert part in str(caught.value)
+
+
+def test_a_groups_lr_alone_says_nothing_without_steps():
+    with pytest.raises(InputError, match="its lr alone"):
+        parse_training(
+            {"optimizer": "sgd", "sum_lr": 1, "groups": [{"parameters": ["a"], "lr": 0.1}]}
+        )
+
+
+def test_warm_up_rises_linearly_from_zero():
+    """As transformers' linear and cosine schedules with warm-up."""
+    record = parse_training("optimizer=sgd,lr=0.4,steps=10,schedule=linear,warmup_steps=4")
+    wanted = [0.4 * t / 4 for t in range(4)] + [0.4 * (10 - t) / 6 for t in range(4, 10)]
+    np.testing.assert_allclose(record.learning_rates(), wanted, rtol=1e-12)
+    record = parse_training("optimizer=sgd,lr=0.4,steps=10,schedule=cosine,warmup_steps=4")
+    after = [0.2 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
+    np.testing.assert_allclose(record.learning_rates()[4:], after, rtol=1e-12)
+
+
+def test_a_recorded_time_is_taken_as_it_is():
+    record = parse_training("optimizer=sgd,sum_lr=3,momentum=0.9,time=21.5")
+    assert record.training_time() == 21.5
+    with pytest.raises(InputError, match="time above 0"):
+        parse_training("optimizer=sgd,sum_lr=3,time=0")

@@ -17,8 +17,9 @@ from urllib.parse import unquote, urlparse
 
 from flataudit.errors import InputError, StoreError
 from flataudit.models.flavors import refuse_files, refuse_flavor
+from flataudit.run_records import training_from_run
 from flataudit.store import one_line, scratch_folder, store_errors
-from flataudit.training import TrainingRecord, parse_training, training_from_run
+from flataudit.training import TRAINING_ARTIFACT, TrainingRecord, parse_training
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,8 +32,7 @@ FORMS = (
     "models:/name/version, models:/name@alias, models:/m-id, runs:/id/path or the folder of an"
     " MLflow model"
 )
-TRAINING_ARTIFACT = "flataudit/training.json"
-LR_METRICS = ("lr", "learning_rate")
+LR_METRICS = re.compile(r"(train/)?(lr|learning_rate)|lr-(SGD|Adam|AdamW)(/pg\d+)?")
 
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _ADDED_BY_DOWNLOAD = "registered_model_meta"  # MLflow writes it into the folder it downloads to
@@ -156,8 +156,8 @@ def training_record(source: ModelSource, n_samples: int) -> tuple[TrainingRecord
     """How the model was trained, as its source run tells, and a sentence on where from.
 
     The run's artifact `flataudit/training.json` is the complete record; else the params and the
-    history of the metric lr or learning_rate (`flataudit.training.training_from_run`). None, with
-    the reason, where the run is missing or says too little.
+    history of its learning rate metric (`flataudit.run_records.training_from_run`). None, with the
+    reason, where the run is missing or says too little.
 
     Raises:
         StoreError: the store cannot be read.
@@ -178,13 +178,21 @@ def training_record(source: ModelSource, n_samples: int) -> tuple[TrainingRecord
                 return parse_training(path), f"{TRAINING_ARTIFACT} of the source run"
             except InputError as error:
                 return None, f"{TRAINING_ARTIFACT} of the source run is not usable: {error}"
-        history: list[float] = []
-        for name in LR_METRICS:
-            if name in run.data.metrics:
-                steps = client.get_metric_history(source.run_id, name)
-                history = [m.value for m in sorted(steps, key=lambda m: (m.step, m.timestamp))]
-                break
-    return training_from_run(run.data.params, history, n_samples)
+        names = sorted(filter(LR_METRICS.fullmatch, run.data.metrics), key=len)
+        histories = []
+        for name in names:
+            points = client.get_metric_history(source.run_id, name)
+            ordered = sorted(points, key=lambda m: (m.step, m.timestamp))
+            histories.append([m.value for m in ordered])
+    if any(history != histories[0] for history in histories[1:]):
+        return None, (
+            f"the source run logged several learning rates ({', '.join(names)}); write the record"
+            " with flataudit.log_training(..., model=model)"
+        )
+    params = dict(run.data.params)
+    if run.data.metrics.get("stopped_epoch", 0) > 0:  # MLflow's autolog of early stopping, from 0
+        params["epochs_run"] = str(int(run.data.metrics["stopped_epoch"]) + 1)
+    return training_from_run(params, histories[0] if histories else [], n_samples)
 
 
 def local_folder(source: ModelSource) -> Path:

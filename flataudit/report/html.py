@@ -13,7 +13,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from flataudit.report import figures, words
+from flataudit.report import figures, sensitivity, words
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -70,6 +70,7 @@ def render(report: dict[str, Any], display: dict[str, Any]) -> str:
         calibration=_calibration_rows(report),
         premise=_premise_rows(report),
         penalty=_penalty_rows(report),
+        sensitivity=sensitivity.table(report),
         identity=_identity_rows(report),
         solver=_solver_rows(report),
         warnings=_warning_rows(report),
@@ -326,9 +327,18 @@ def _penalty_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
         rows.append(_row("Training record", words.DASH, "none given or found"))
         return rows
     for key, item in record.items():
+        if key == "groups":
+            rows += [_row("Other " + ", ".join(g["parameters"]), _group_text(g)) for g in item]
+            continue
         text = _short(item) if isinstance(item, int | float) else str(item or words.DASH)
         rows.append(_row(_TRAINING_KEYS.get(key, key), text, _why(item, "not recorded")))
     return rows
+
+
+def _group_text(group: Mapping[str, Any]) -> str:
+    named = {"weight_decay": "weight decay", "lr": "learning rate", "sum_lr": "sum of rates"}
+    parts = [f"{text} {_short(group[key])}" for key, text in named.items() if key in group]
+    return ", ".join(parts) or words.DASH
 
 
 def _identity_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:

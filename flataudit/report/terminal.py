@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from flataudit.report import words
+from flataudit.report import sensitivity, words
 
 WIDTH = 96
 LABEL = 12
@@ -31,6 +31,8 @@ def render(report: dict[str, Any]) -> str:
     lines += _row("penalty", words.PENALTY_SOURCES[report["penalty"]["source"]])
     for note in report["penalty"]["assumptions"]:
         lines += _row("", note)
+    if report.get("sensitivity"):
+        lines += _row("sensitivity", f"gap {sensitivity.text(report)}; D: the penalty")
     solver = report["solver"]
     lines += _row(
         "solver", f"{solver['name']} on {solver['device']} in {solver['seconds']:.2g} s"

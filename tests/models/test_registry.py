@@ -474,6 +474,39 @@ def test_the_complete_record_comes_first(store):
     assert reason == "flataudit/training.json of the source run"
 
 
+def log_metrics(source, **histories):
+    client = mlflow.MlflowClient()
+    for name, values in histories.items():
+        for step, value in enumerate(values):
+            client.log_metric(source.run_id, name.replace("lr_", "lr-"), value, step=step)
+    return source
+
+
+def test_lightnings_learning_rate_monitor(store):
+    params = {"optimizer_name": "SGD", "lr": 0.3, "epochs": 4, "batch_size": 40}
+    record, _ = training_record(log_metrics(new_run(params), lr_SGD=[0.1] * 8), 80)
+    assert record is not None
+    assert (record.steps, record.sum_lr) == (8, pytest.approx(0.8))
+
+
+def test_several_learning_rates_need_a_record(store):
+    params = {"optimizer": "SGD", "epochs": 1, "batch_size": 40}
+    source = log_metrics(new_run(params), lr=[0.1] * 2, learning_rate=[0.1] * 2)
+    record, _ = training_record(source, 80)
+    assert record is not None
+    source = log_metrics(new_run(params), lr=[0.1] * 2, lr_SGD=[0.2] * 2)
+    record, reason = training_record(source, 80)
+    assert record is None
+    assert "(lr, lr-SGD)" in reason
+
+
+def test_early_stopping_as_mlflows_autolog_writes_it(store):
+    params = {"optimizer_name": "SGD", "lr": 0.1, "epochs": 9, "batch_size": 40, "patience": 2}
+    record, _ = training_record(log_metrics(new_run(params), stopped_epoch=[3]), 80)
+    assert record is not None
+    assert record.steps == 4 * 2
+
+
 def test_no_record_and_why(store):
     cases = [
         (ModelSource("/x", "folder", "pytorch", "/x"), "the model has no source run"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flataudit.report import html, words
-from flataudit.results import AuditWarning, DataInfo, Gap, HeldoutFit, ModelInfo
+from flataudit.results import AuditWarning, DataInfo, Gap, HeldoutFit, ModelInfo, PenaltyPoint
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "line", "circle", "path", "rect", "use", "img", "link", "input"}
@@ -221,3 +221,30 @@ def test_title_prefers_the_registered_name(change: Any) -> None:
     assert html.model_title(change(model=ModelInfo(3, uri="runs:/a/m"))) == "runs:/a/m"
     assert html.model_title(change(model=ModelInfo(3, model_id="m-1"))) == "m-1"
     assert html.model_title(change(model=ModelInfo(3))) == "Model given in Python"
+
+
+def test_sensitivity_table(change: Any) -> None:
+    assert "other penalties" not in html.render(change(), {})
+    points = (
+        PenaltyPoint(1 / 3, 0.0612, 0.05, None),
+        PenaltyPoint(1.0, 0.052, 0.047, 0.055),
+        PenaltyPoint(3.0, 0.041, 0.04, 0.05),
+    )
+    page = html.render(change(sensitivity=points), {})
+    table = page.partition("The gap at other penalties</h3>")[2].partition("</table>")[0]
+    heads = re.findall(r"<th scope=.col.[^>]*>([^<]*)", table)
+    assert [head.strip() for head in heads] == ["Penalty", "Soft rank", "TIC", "LOO"]
+    assert re.findall(r"<th scope=.row.>([^<]*)", table) == ["D/3", "D", "3 D"]
+    assert re.findall(r"<td[^>]*>([^<]*)", table)[:3] == ["0.0612", "0.0500", "–"]
+    assert table.count("used") == 1
+
+
+def test_groups_of_the_training_record_are_rows(change: Any) -> None:
+    report = change()
+    report["penalty"]["training"] = {
+        "optimizer": "sgd",
+        "groups": [{"parameters": ["0.bias", "<b>"], "weight_decay": 0.0, "sum_lr": 2.5}],
+    }
+    page = html.render(report, {})
+    assert "Other 0.bias, &lt;b&gt;" in page
+    assert "weight decay 0, sum of rates 2.5" in page

@@ -5,7 +5,13 @@ import re
 import pytest
 
 from flataudit.report import terminal, words
+from flataudit.results import PenaltyPoint
 
+SENSITIVITY = (
+    PenaltyPoint(1 / 3, 0.061, 0.05, None),
+    PenaltyPoint(1.0, 0.052, 0.047, 0.055),
+    PenaltyPoint(3.0, 0.041, 0.04, 0.05),
+)
 NAMES = ["calibrated", "refused", "regression", "without_loo"]
 NO_VALUE = re.compile(r"\b(None|null|nan|inf|NaN|Infinity)\b")
 
@@ -126,3 +132,17 @@ def test_rendering_changes_nothing(report):
     terminal.render(report)
     assert json.dumps(report) == before
     assert not math.isnan(report["train"]["nll"])
+
+
+def test_sensitivity_is_a_line_of_the_believed_estimate(change):
+    assert "sensitivity" not in rows(terminal.render(change()))
+    report = change(sensitivity=SENSITIVITY)
+    assert report["gap"]["estimator"] == "soft_rank"
+    wanted = "gap 0.061 at D/3, 0.052 at D, 0.041 at 3 D; D: the penalty"
+    assert rows(terminal.render(report))["sensitivity"] == wanted
+
+
+def test_sensitivity_where_an_estimate_does_not_exist(change):
+    points = (PenaltyPoint(1 / 3, None, None, None), *SENSITIVITY[1:])
+    text = rows(terminal.render(change(sensitivity=points)))["sensitivity"]
+    assert text.startswith("gap – at D/3, 0.052 at D")
