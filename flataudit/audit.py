@@ -26,7 +26,7 @@ from flataudit import estimates as estimators
 from flataudit.calibration import is_saturated
 from flataudit.curvature.problem import Problem, make_problem, predict
 from flataudit.display import build_display
-from flataudit.errors import InputError
+from flataudit.errors import InputError, NumericalError
 from flataudit.families import Family, make_family
 from flataudit.fitting import PenalisedFit, penalised_fit
 from flataudit.judgement import (
@@ -341,7 +341,7 @@ def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Est
 
 def _estimate(nll: Tensor, psi: Tensor, **extra: float | None) -> Estimate:
     """Gap mean(psi) with standard error sd(l + psi)/sqrt(n): that of the predicted test NLL."""
-    _, se = estimators.mean_and_se(nll + psi)
+    _, se = _mean_and_se(nll + psi)
     return Estimate(gap=float(psi.mean()), se=se, **extra)
 
 
@@ -351,8 +351,19 @@ def _observed(
     """The gap seen on held-out data; its standard error takes the training NLL as given."""
     if unseen is None:
         return None
-    nll, se = estimators.mean_and_se(family.nll(unseen.outputs, unseen.y))
+    nll, se = _mean_and_se(family.nll(unseen.outputs, unseen.y))
     return HeldoutFit(nll=nll, accuracy=accuracy, gap=nll - train_nll, gap_se=se)
+
+
+def _mean_and_se(losses: Tensor) -> tuple[float, float]:
+    """Mean and standard error of losses in nats; NumericalError where float64 cannot hold them."""
+    mean, se = estimators.mean_and_se(losses)
+    if not (math.isfinite(mean) and math.isfinite(se)):
+        raise NumericalError(
+            "expected losses within float64's range, got an overflow; likely causes: outputs far"
+            " from the targets, as rates of 0 for counts above 0, or weights near overflow"
+        )
+    return mean, se
 
 
 def _placed(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

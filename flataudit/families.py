@@ -30,6 +30,9 @@ from flataudit.results import FamilyName
 PROBABILITY_FLOOR = 1e-8
 # exp(-|f|/2) stays a normal float64 up to here; beyond, a Bernoulli variance underflows.
 LOGIT_LIMIT = 1200.0
+# A count above 0 at a rate below exp(-250): curvature and residual are taken there, so that the
+# squares of whitened residuals, and their squares, stay finite.
+LOG_RATE_LIMIT = 250.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +247,14 @@ class Poisson:
         return torch.exp(f) - y
 
     def factor(self, f: Tensor, y: Tensor) -> Factor:
-        root = torch.exp(f.clamp(-LOGIT_LIMIT, LOGIT_LIMIT) / 2)
+        root = torch.exp(f.clamp(-LOG_RATE_LIMIT, LOGIT_LIMIT) / 2)
         return Factor(torch.diag_embed(root), root - y / root)
 
     def shift(self, f: Tensor, y: Tensor, b: Tensor) -> Tensor:
-        return b / torch.exp(f.clamp(-LOGIT_LIMIT, LOGIT_LIMIT) / 2)
+        return b / torch.exp(f.clamp(-LOG_RATE_LIMIT, LOGIT_LIMIT) / 2)
 
     def whiten(self, f: Tensor, y: Tensor, r: Tensor) -> Tensor:
-        return r / torch.exp(f.clamp(-LOGIT_LIMIT, LOGIT_LIMIT) / 2)
+        return r / torch.exp(f.clamp(-LOG_RATE_LIMIT, LOGIT_LIMIT) / 2)
 
 
 FAMILIES: tuple[FamilyName, ...] = ("categorical", "bernoulli", "gaussian", "poisson")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flataudit import audit
-from flataudit.errors import InputError, NumericalError
+from flataudit.errors import FlatauditError, InputError, NumericalError
 from flataudit.penalty import norm
 from flataudit.solvers.base import pseudo_inverse_root, spectrum_of
 
@@ -55,14 +55,22 @@ def test_leave_one_out_step_without_a_standard_error_is_none():
     assert math.isfinite(report.gap.high)
 
 
-@pytest.mark.parametrize("output", [-800.0, 300.0])
+@pytest.mark.parametrize("output", [-1300.0, -800.0, 300.0])
 def test_poisson_rates_out_of_range_are_judged(output):
     """exp underflows to 0, or its square overflows; the audit says so by its verdict alone."""
     x = torch.ones(3, 1, dtype=torch.float64)
     y = torch.tensor([9000, 8000, 7000])
     report = audit(line(output), (x, y), family="poisson", penalty=1.0, heldout=(x, y))
     assert math.isfinite(report.heldout.nll)
+    assert math.isfinite(report.estimates.tic.gap)
+    assert math.isfinite(report.estimates.tic.centred)
     assert all(math.isfinite(p) for p in report.calibration.p_values.values())
+
+
+def test_estimates_out_of_range_are_a_named_error():
+    data = (torch.ones(2, 1, dtype=torch.float64), torch.tensor([3, 4]))
+    with pytest.raises(FlatauditError, match="expected"):
+        audit(line(700.0), data, family="poisson", penalty=0.0)
 
 
 def test_eigenvalues_that_cannot_be_had_are_a_named_error():
