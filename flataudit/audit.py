@@ -91,7 +91,8 @@ def audit(
 
     Args:
         model: A torch.nn.Module; a float64 copy in eval mode is audited, never the module itself.
-        train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first.
+        train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first. x may be
+            a dict of arrays, by the names of forward's parameters, or a tuple, by position.
         heldout: (x, y) never used in training or selection; judges calibration and shows the
             observed gap. Without it leave-one-out probabilities judge calibration.
         family: auto, categorical, bernoulli, gaussian or poisson (`flataudit.families`).
@@ -268,7 +269,7 @@ def _problem(
     x, y = as_pair(train, "train")
     sha = digest(x, y)
     prepared = prepare(model, x, where)
-    x = _placed(x, prepared.dtype, where)
+    x = x.to(prepared.dtype, where)
     n_outputs = predict(prepared.module, x[:2]).shape[1]
     likelihood = make_family(family, y, n_outputs, _dispersion(dispersion))
     y = likelihood.check(y, n_outputs).to(where)
@@ -277,11 +278,11 @@ def _problem(
 
 def _unseen(heldout: Any, prepared: PreparedModel, problem: Problem) -> Unseen:
     x, y = as_pair(heldout, "heldout")
-    x = _placed(x, prepared.dtype, problem.device)
-    if x.shape[1:] != problem.x.shape[1:]:
+    x = x.to(prepared.dtype, problem.device)
+    if x.sample_shapes != problem.x.sample_shapes:
         raise InputError(
-            f"expected heldout x of shape (m, {', '.join(map(str, problem.x.shape[1:]))}) as in"
-            f" training, got {tuple(x.shape)}; give the same features"
+            f"expected heldout x of shape {problem.x.shapes_of_any} as in training, got"
+            f" {x.shapes}; give the same features"
         )
     y = problem.family.check(y, problem.n_outputs).to(problem.device)
     outputs = predict(prepared.module, x, chunk_size=problem.chunk_size)
@@ -320,10 +321,6 @@ def _observed(
         return None
     nll, se = estimators.mean_and_se(family.nll(unseen.outputs, unseen.y))
     return HeldoutFit(nll=nll, accuracy=accuracy, gap=nll - train_nll, gap_se=se)
-
-
-def _placed(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
 def _dispersion(value: float | str) -> float:
