@@ -8,6 +8,7 @@ J_i = df_i/dtheta (K, P); Lambda_i = S_i S_i' (see `flataudit.families`).
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -270,7 +271,10 @@ def _vjp_tensors(
 
     cotangents = cotangents.to(dtype)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
+        # The other attention kernels have no batching rule; where an operator has none, torch
+        # loops over it, right but slow, and warns.
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
             pulled: dict[str, Tensor] = torch.func.vmap(one)(x.parts, cotangents)
         return pulled
     except torch.OutOfMemoryError:

@@ -12,6 +12,10 @@ from typing import NoReturn
 from flataudit.errors import InputError
 
 _TREES = re.compile(r"Forest|DecisionTree|ExtraTree|Boost|XGB|LGBM")
+_WHY = {
+    "transformers": "a pipeline, whose tokenizer and files need the transformers library; log the"
+    " pipeline's model with mlflow.pytorch.log_model and give its token ids and mask by name",
+}
 _TREE_FLAVORS = ("xgboost", "lightgbm", "catboost", "h2o")
 
 
@@ -29,6 +33,8 @@ def refuse_flavor(flavor: str, folder: Path) -> NoReturn:
         )
     if flavor in _TREE_FLAVORS:
         _refuse_trees(f"a {flavor} model")
+    if flavor in _WHY:
+        raise InputError(f"expected a model of the pytorch flavor, got {flavor}, {_WHY[flavor]}")
     raise InputError(
         f"expected a model of the pytorch flavor, got {flavor}; log the network itself with"
         " mlflow.pytorch.log_model"

@@ -52,7 +52,9 @@ def _logits_alone(module: nn.Module, args: object, out: Any) -> Any:
     """The logits of an output object or mapping that has some; anything else as it is."""
     if isinstance(out, Tensor):
         return out
-    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    found = getattr(out, "logits", None)
+    if found is None and isinstance(out, Mapping):
+        found = out.get("logits")
     return found if isinstance(found, Tensor) else out
 
 

@@ -339,7 +339,12 @@ def test_scikit_learn_is_refused_without_loading(store, tmp_path, serialization_
 
 
 @pytest.mark.parametrize(
-    ("flavor", "expected"), [("xgboost", "flatness is undefined"), ("onnx", "got onnx; log the")]
+    ("flavor", "expected"),
+    [
+        ("xgboost", "flatness is undefined"),
+        ("onnx", "got onnx; log the"),
+        ("transformers", "got transformers, a pipeline, whose tokenizer"),
+    ],
 )
 def test_other_flavors_are_refused(store, tmp_path, flavor, expected):
     (tmp_path / "MLmodel").write_text(
