@@ -233,7 +233,14 @@ LAYER_CASES = (
         lambda: _ids(8),
         _labels,
     ),
-    Case("tied_embedding", SharedEmbedding, lambda: torch.randint(0, 4, (8, 3)), lambda: _labels()),
+    Case(
+        "embedding_max_norm",
+        lambda: nn.Sequential(nn.Embedding(9, 2, max_norm=0.7), nn.Flatten(), nn.Linear(10, 3)),
+        lambda: _ids(8),
+        _labels,
+        layers=("2.weight",),
+    ),
+    Case("tied_embedding", SharedEmbedding, lambda: torch.randint(0, 4, (8, 3)), _labels),
     Case(
         "weight_norm",
         lambda: nn.Sequential(

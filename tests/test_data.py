@@ -151,7 +151,7 @@ def test_npz_with_named_inputs(folder):
 def test_function_with_several_inputs(folder):
     (folder / "my_inputs.py").write_text(
         "import numpy as np, torch\n"
-        "def named(): return {'ids': torch.ones(3, 2, dtype=torch.int64), 'scale': [1., 2., 3.]}, [0, 1, 0]\n"
+        "def named(): return {'ids': torch.ones(3, 2).long(), 'scale': [1., 2., 3.]}, [0, 1, 0]\n"
         "def placed(): return (np.ones((3, 2)), torch.ones(3)), [0, 1, 0]\n"
         "def nested(): return ((1, 2), (3, 4), (5, 6)), [0, 1, 0]\n"
         "def text(): return {'ids': ['a'], 'mask': [1]}, [0]\n"

@@ -218,8 +218,19 @@ def predict(model: nn.Module, x: Inputs | Tensor, *, chunk_size: int | None = No
 
 
 def _smallest_batch(model: nn.Module, x: Inputs, outputs: Tensor) -> int:
-    """1, or 2 for an exported graph that refuses a batch of one; checks sample independence."""
+    """1, or 2 for an exported graph that refuses a batch of one.
+
+    Raises InputError for outputs that are random or depend on the other samples of the batch.
+    """
     repeat = 1
+    tolerance = 1e-4 * (float(outputs.abs().max()) + 1.0)
+    with torch.no_grad():
+        once, again = evaluate(model, x[:64]), evaluate(model, x[:64])
+    if float((once - again).abs().max()) > tolerance:
+        raise InputError(
+            "expected the same outputs at every call, got random ones; pass self.training to"
+            " functional dropout, so that eval mode switches it off"
+        )
     try:
         with torch.no_grad():
             alone = evaluate(model, x[:1])
@@ -227,8 +238,7 @@ def _smallest_batch(model: nn.Module, x: Inputs, outputs: Tensor) -> int:
         repeat = 2
         with torch.no_grad():
             alone = evaluate(model, x[[0, 0]])[:1]
-    scale = float(outputs.abs().max()) + 1.0
-    if float((alone[0] - outputs[0]).abs().max()) > 1e-4 * scale:
+    if float((alone[0] - outputs[0]).abs().max()) > tolerance:
         raise InputError(
             "expected outputs that depend on their own sample alone, got outputs that change with"
             " the batch; put batch statistics and attention across samples in eval mode"

@@ -79,6 +79,7 @@ def prepare(model: Any, x: Inputs | Tensor, device: torch.device) -> PreparedMod
         InputError: not a torch network, frozen in training mode, or x does not fit it.
     """
     x = Inputs.of(x)
+    model = _unwrapped(model)
     if not isinstance(model, nn.Module):
         raise InputError(_unsupported(model))
     if isinstance(model, torch.jit.ScriptModule):
@@ -87,6 +88,11 @@ def prepare(model: Any, x: Inputs | Tensor, device: torch.device) -> PreparedMod
             " be swapped; log the eager module, or torch.export it"
         )
     refuse_training_export(model)
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise InputError(
+            "expected trained parameters, got lazy ones that have no values yet; log the network"
+            " after its training"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             "expected a model with trained parameters, got none with requires_grad=True;"
@@ -128,6 +134,14 @@ def prepare(model: Any, x: Inputs | Tensor, device: torch.device) -> PreparedMod
         module.register_forward_hook(_log_odds)
         notes.append("the output is a probability: its log odds are the natural parameter")
     return PreparedModel(module, dtype, tuple(notes))
+
+
+def _unwrapped(model: Any) -> Any:
+    """The network inside DataParallel or torch.compile, which calls with other weights bypass."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def check_arguments(model: nn.Module, x: Inputs) -> None:

@@ -231,6 +231,35 @@ def test_modules_of_training_frameworks():
     assert_same(found, audit(plain(), (X, Y), penalty=d))
 
 
+def test_wrappers_are_taken_off():
+    wanted = audit(plain(), (X, Y), penalty=0.03)
+    for wrapped in (nn.DataParallel(plain()), torch.compile(plain(), backend="eager")):
+        assert_same(audit(wrapped, (X, Y), penalty=0.03), wanted)
+
+
+class AlwaysDrops(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5))  # training=True is the default
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: AlwaysDrops(4, 3), "same outputs at every call, got random ones"),
+        (lambda: nn.LazyLinear(3), "got lazy ones that have no values yet"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
+            "depend on their own sample alone",
+        ),
+    ],
+)
+def test_refused_by_name(make, part):
+    with pytest.raises(InputError) as caught:
+        audit(seeded(make), (X, Y), penalty=0.03)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_module_that_holds_a_lock_is_refused():
     model = plain()
     model.lock = threading.Lock()
