@@ -63,12 +63,18 @@ class Inputs:
         and set padded positions to zero, so that outputs and derivatives would belong to two
         different functions.
         """
-        args = self.parts if self.names is None else ()
-        kwargs = {} if self.names is None else dict(zip(self.names, self.parts, strict=True))
+        args, kwargs = self.arguments
         with _differentiable_attention():
             if params is None:
                 return model(*args, **kwargs)
             return torch.func.functional_call(model, dict(params), args, kwargs)
+
+    @property
+    def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """For a call: model(*args, **kwargs)."""
+        if self.names is None:
+            return self.parts, {}
+        return (), dict(zip(self.names, self.parts, strict=True))
 
     def labelled(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) in an order that does not depend on the caller's; '' by position."""

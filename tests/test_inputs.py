@@ -182,6 +182,10 @@ def test_outputs_and_derivatives_belong_to_one_function():
     with torch.enable_grad():
         plain = built.model(**built.x)
     torch.testing.assert_close(plain.detach(), built.problem.outputs, rtol=1e-12, atol=1e-12)
+    (note,) = audit(built.model, (built.x, built.y), penalty=0.02).model.notes
+    assert "fused attention" in note
+    masked = build(BY_NAME["text_by_name"])
+    assert audit(masked.model, (masked.x, masked.y), penalty=0.02).model.notes == ()
 
 
 def test_chunks_change_nothing():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,11 @@ def prepare(model: Any, x: Inputs | Tensor, device: torch.device) -> PreparedMod
         notes.append("the network does not run in float64: float32 with float64 accumulation")
     if outputs.shape[1] == 0:
         raise InputError("expected at least one model output per sample, got none; check the model")
+    if _fused_differs(module, head.to(dtype), outputs):
+        notes.append(
+            "torch's fused attention zeroes padding that this model's outputs depend on: audited as"
+            " trained; without gradients it gives other outputs"
+        )
     if outputs.shape[1] > 1 and _sums_to_one(outputs):
         module.register_forward_hook(_log_probabilities)
         notes.append("the outputs are probabilities: log p are the natural parameters")
@@ -150,11 +156,9 @@ def check_arguments(model: nn.Module, x: Inputs) -> None:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # a forward without a readable signature: running it tells
         return
+    args, kwargs = x.arguments
     try:
-        if x.names is None:
-            signature.bind(*x.parts)
-        else:
-            signature.bind(**dict(zip(x.names, x.parts, strict=True)))
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         got = f"{len(x.parts)} by position" if x.names is None else ", ".join(x.names)
         raise InputError(
@@ -196,6 +200,21 @@ def _differentiable_copy(model: nn.Module) -> nn.Module:
             layer.dropout = 0.0
             layer.train()  # cuDNN differentiates recurrent layers in training mode only
     return module
+
+
+def _fused_differs(module: nn.Module, x: Inputs, outputs: Tensor) -> bool:
+    """Whether the kernels that torch takes without gradients change the outputs (`Inputs.call`)."""
+    if not any(isinstance(layer, nn.TransformerEncoderLayer) for layer in module.modules()):
+        return False
+    args, kwargs = x.arguments
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on nested tensors, which the kernels make
+            fused = module(*args, **kwargs).reshape(outputs.shape)
+    except Exception:  # what the kernels do not take, nobody serves with them
+        return False
+    scale = float(outputs.abs().max()) + 1.0
+    return float((fused - outputs).abs().max()) > 1e-4 * scale
 
 
 def is_exported(model: nn.Module) -> bool:
