@@ -29,6 +29,7 @@ from flataudit.display import build_display
 from flataudit.errors import InputError, NumericalError
 from flataudit.families import Family, make_family
 from flataudit.fitting import PenalisedFit, penalised_fit
+from flataudit.inputs import Inputs
 from flataudit.judgement import (
     Unseen,
     judge_calibration,
@@ -99,7 +100,8 @@ def audit(
     Args:
         model: A torch.nn.Module, of which a float64 copy in eval mode is audited, or a fitted
             scikit-learn estimator (`flataudit.models.sklearn`), of which an exact torch twin is.
-        train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first.
+        train: (x, y) the model was fitted to, arrays or tensors, n >= 2 samples first. x may be
+            a dict of arrays, by the names of forward's parameters, or a tuple, by position.
         heldout: (x, y) never used in training or selection; judges calibration and shows the
             observed gap. Without it leave-one-out probabilities judge calibration.
         family: auto, categorical, bernoulli, gaussian or poisson (`flataudit.families`).
@@ -287,7 +289,7 @@ def audit(
 
 def _problem(
     subject: Subject,
-    train: tuple[Tensor, Tensor],
+    train: tuple[Inputs, Tensor],
     names: ClassNames | None,
     dispersion: float | str,
     device: str,
@@ -297,7 +299,7 @@ def _problem(
     where = resolve_device(device)
     x, y = train
     prepared = prepare(subject.model, x, where)
-    x = _placed(x, prepared.dtype, where)
+    x = x.to(prepared.dtype, where)
     n_outputs = predict(prepared.module, x[:2]).shape[1]
     likelihood = make_family(subject.family, y, n_outputs, _dispersion(dispersion))
     if names is not None:
@@ -307,14 +309,14 @@ def _problem(
 
 
 def _unseen(
-    heldout: Any, x_train: Tensor, prepared: PreparedModel, problem: Problem, seed: int
+    heldout: Any, x_train: Inputs, prepared: PreparedModel, problem: Problem, seed: int
 ) -> Unseen:
     given, y = as_pair(heldout, "heldout")
-    x = _placed(given, prepared.dtype, problem.device)
-    if x.shape[1:] != problem.x.shape[1:]:
+    x = given.to(prepared.dtype, problem.device)
+    if x.sample_shapes != problem.x.sample_shapes:
         raise InputError(
-            f"expected heldout x of shape (m, {', '.join(map(str, problem.x.shape[1:]))}) as in"
-            f" training, got {tuple(x.shape)}; give the same features"
+            f"expected heldout x of shape {problem.x.shapes_of_any} as in training, got"
+            f" {x.shapes}; give the same features"
         )
     y = problem.family.check(y, problem.n_outputs).to(problem.device)
     outputs = predict(prepared.module, x, chunk_size=problem.chunk_size)
@@ -322,7 +324,7 @@ def _unseen(
         raise InputError(
             "expected finite model outputs on the heldout data, got NaN or infinity; check x"
         )
-    return Unseen(outputs, y, input_shift(x_train, given, seed=seed))
+    return Unseen(outputs, y, input_shift(x_train.flattened, given.flattened, seed=seed))
 
 
 def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Estimate | None:
@@ -364,10 +366,6 @@ def _mean_and_se(losses: Tensor) -> tuple[float, float]:
             " from the targets, as rates of 0 for counts above 0, or weights near overflow"
         )
     return mean, se
-
-
-def _placed(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
 
 
 def _dispersion(value: float | str) -> float:

@@ -44,8 +44,8 @@ def audit(
     train: Annotated[
         str,
         typer.Option(
-            help="training data: file.npz (x, y), .csv or .parquet with --target,"
-            " module:function, or mlflow (the source run's dataset)",
+            help="training data: file.npz (x, y; or y and inputs by name), .csv or .parquet with"
+            " --target, module:function, or mlflow (the source run's dataset)",
             show_default=False,
         ),
     ],

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -36,6 +37,10 @@ CONTEXTS = ("training", "train")  # ours, and the one of MLflow's autologging
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
+Array = NDArray[Any]
+Features = Array | dict[str, Array] | tuple[Array, ...]  # one input, several by name, by position
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """What was loaded: x (n, ...) and y (n, ...), and where it came from.
@@ -45,13 +50,13 @@ class Dataset:
     data.
     """
 
-    x: NDArray[Any]
-    y: NDArray[Any]
+    x: Features
+    y: Array
     origin: str
     tag_sha256: str | None = None
 
     @property
-    def pair(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def pair(self) -> tuple[Features, Array]:
         """(x, y), as `flataudit.audit` takes it."""
         return self.x, self.y
 
@@ -62,9 +67,11 @@ def load_data(
     """The data that `spec` names.
 
     Args:
-        spec: A `.npz` file with arrays x and y; a `.csv` or `.parquet` file, with `target`;
-            `module:function`, which returns (x, y); or `mlflow`: the dataset that the model's
-            source run logged with the context "training" (tags `target` and `sha256` are used).
+        spec: A `.npz` file with arrays x and y, or y and several inputs by the names of forward's
+            parameters; a `.csv` or `.parquet` file, with `target`; `module:function`, which
+            returns (x, y), x an array, a dict or a tuple of arrays; or `mlflow`: the dataset that
+            the model's source run logged with the context "training" (tags `target` and `sha256`
+            are used).
         target: The name of the target column of a table.
         source: The model, for `mlflow`.
 
@@ -185,7 +192,7 @@ def _is_local(item: DatasetInput) -> bool:
     return uri.startswith("file:") or re.match(r"[a-z][a-z0-9+.-]+:", uri) is None
 
 
-def _from_file(path: Path, target: str | None) -> tuple[NDArray[Any], NDArray[Any]]:
+def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
     suffix = path.suffix.lower()
     if suffix not in (".npz", ".csv", ".parquet"):
         raise InputError(
@@ -200,7 +207,7 @@ def _from_file(path: Path, target: str | None) -> tuple[NDArray[Any], NDArray[An
     return _from_table(_read_table(path), target, path)
 
 
-def _from_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+def _from_npz(path: Path) -> tuple[Features, Array]:
     remedy = "save it with numpy.savez(path, x=x, y=y)"
     try:
         with path.open("rb") as file:
@@ -208,6 +215,10 @@ def _from_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
             if isinstance(archive, np.ndarray):
                 raise InputError(f"expected arrays x and y in {path}, got one array; {remedy}")
             missing = [name for name in ("x", "y") if name not in archive.files]
+            if missing == ["x"] and len(archive.files) > 2:
+                named = {name: archive[name] for name in archive.files}
+                y = named.pop("y")
+                return named, y
             if missing:
                 raise InputError(
                     f"expected arrays x and y in {path}, got {', '.join(archive.files) or 'none'};"
@@ -234,9 +245,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _from_table(
-    frame: pd.DataFrame, target: str | None, path: Path
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Array, Array]:
     from pandas.api.types import is_numeric_dtype
 
     names = [str(name) for name in frame.columns]
@@ -276,7 +285,7 @@ def _from_table(
     return x, column.to_numpy(dtype=kinds.get(column.dtype.kind, np.float64))
 
 
-def _from_function(spec: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def _from_function(spec: str) -> tuple[Features, Array]:
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the installed command does not
@@ -307,12 +316,21 @@ def _from_function(spec: str) -> tuple[NDArray[Any], NDArray[Any]]:
     x, y = found
     labels = text_labels(y)
     return (
-        _as_array(x, f"x of {spec}"),
+        as_features(x, f"x of {spec}"),
         _as_array(y, f"y of {spec}") if labels is None else labels,
     )
 
 
-def _as_array(value: Any, name: str) -> NDArray[Any]:
+def as_features(value: Any, name: str) -> Features:
+    """Arrays by name or by position, as `flataudit.tensors.as_pair` reads them, else one array."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_array(item, f"{key} in {name}") for key, item in value.items()}
+    if isinstance(value, tuple) and value and all(hasattr(item, "__array__") for item in value):
+        return tuple(_as_array(item, f"input {i} in {name}") for i, item in enumerate(value))
+    return _as_array(value, name)
+
+
+def _as_array(value: Any, name: str) -> Array:
     try:
         if hasattr(value, "detach"):  # a torch tensor, perhaps on a GPU or with a gradient
             value = value.detach().cpu().numpy()

@@ -49,7 +49,7 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
     training: Json | None = None
     origin = "argument"
     if chosen.training == "auto":
-        record, origin = registry.training_record(source, len(data.x))
+        record, origin = registry.training_record(source, len(data.y))
         training = None if record is None else record.to_record()
     elif chosen.training is not None:
         training = parse_training(chosen.training).to_record()

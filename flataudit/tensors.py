@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from flataudit.errors import InputError
+from flataudit.inputs import Inputs
 
 
-def as_pair(data: Any, name: str) -> tuple[Tensor, Tensor]:
+def as_pair(data: Any, name: str) -> tuple[Inputs, Tensor]:
     """(x, y) as CPU tensors; floats become float64, integers stay integer, booleans too.
+
+    x: one array, a tuple of arrays (inputs by position) or a mapping of arrays (by name).
 
     Raises:
         InputError: not a pair, fewer than 2 samples, lengths that differ, NaN or infinity in x.
@@ -24,34 +28,36 @@ def as_pair(data: Any, name: str) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"expected {name} to be a pair (x, y), got {type(data).__name__}; give both arrays"
         ) from None
-    x, y = _tensor(x, f"{name} x"), _tensor(y, f"{name} y")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+    x, y = _inputs(x, f"{name} x"), _tensor(y, f"{name} y")
+    if y.ndim == 0 or any(part.shape[:1] != y.shape[:1] for part in x.parts):
         raise InputError(
-            f"expected {name} x and y of the same length, got shapes {tuple(x.shape)} and"
+            f"expected {name} x and y of the same length, got shapes {x.shapes} and"
             f" {tuple(y.shape)}; give one target per sample"
         )
     if len(x) < 2:
         raise InputError(
             f"expected at least 2 samples in {name}, got {len(x)}; a gap needs a sample's spread"
         )
-    if x.numel() == 0:
+    if x.values_per_sample == 0:
         raise InputError(
-            f"expected at least one feature in {name} x, got shape {tuple(x.shape)}; give inputs"
+            f"expected at least one feature in {name} x, got shape {x.shapes}; give inputs"
         )
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum() if x.ndim > 1 else 1)
-        raise InputError(
-            f"expected finite values in {name} x, got NaN or infinity in {bad} of {len(x)} samples;"
-            " drop or impute those rows"
-        )
+    for label, part in x.labelled():
+        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            bad = int((~torch.isfinite(part)).reshape(len(part), -1).any(dim=1).sum())
+            raise InputError(
+                f"expected finite values in {name} {label or 'x'}, got NaN or infinity in {bad} of"
+                f" {len(x)} samples; drop or impute those rows"
+            )
     return x, y
 
 
-def digest(x: Tensor, y: Tensor) -> str:
-    """sha256 over dtype, shape and bytes of x and y: the identity of the training data."""
+def digest(x: Inputs | Tensor, y: Tensor) -> str:
+    """sha256 over names, dtype, shape and bytes of x and y: the identity of the training data."""
     sha = hashlib.sha256()
-    for t in (x, y):
+    for label, t in (*Inputs.of(x).labelled(), ("", y)):
         array = np.ascontiguousarray(t.numpy())
+        sha.update(f"{label}\0".encode() if label else b"")
         sha.update(f"{array.dtype.str}{array.shape}".encode())
         sha.update(array.data.cast("B"))
     return sha.hexdigest()
@@ -69,6 +75,21 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not has_cuda:
         raise InputError("expected a CUDA device for device=cuda, got none; use device=auto or cpu")
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def _inputs(value: Any, name: str) -> Inputs:
+    """Several inputs where x is a mapping or a tuple of arrays; everything else is one array."""
+    if isinstance(value, Mapping) and value:
+        strange = [key for key in value if not isinstance(key, str)]
+        if strange:
+            raise InputError(
+                f"expected {name} as a mapping of parameter names to arrays, got the key"
+                f" {strange[0]!r}; use the names of the model's forward"
+            )
+        return Inputs.of({key: _tensor(item, f"{name}[{key!r}]") for key, item in value.items()})
+    if isinstance(value, tuple) and value and all(hasattr(item, "__array__") for item in value):
+        return Inputs.of(tuple(_tensor(item, f"{name}[{i}]") for i, item in enumerate(value)))
+    return Inputs.of(_tensor(value, name))
 
 
 def _tensor(value: Any, name: str) -> Tensor:

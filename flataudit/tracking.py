@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flataudit import __version__
-from flataudit.data import CONTEXTS, digest_of, training_input
-from flataudit.errors import StoreError
+from flataudit.data import CONTEXTS, as_features, digest_of, training_input
+from flataudit.errors import InputError, StoreError
 from flataudit.labels import text_labels
 from flataudit.models.registry import ModelSource
 from flataudit.report import words
@@ -66,6 +66,7 @@ _METRICS: Mapping[str, tuple[str, ...]] = {
 _OF_A_REPORT = tuple(
     f"flataudit.{name}" for name in ("gap", "calibration", "confidence", "warnings", "policy")
 )
+_TAKEN = {"x", "y", "file", "allow_pickle"}  # names that inputs in an npz file cannot have
 _NOT_OPTIONS = ("tracking_uri", "json", "config")  # may hold a password, or only name files
 
 
@@ -195,19 +196,20 @@ def log_training_data(
     """Logs to a training run what its audit needs: `--train mlflow` and `--training auto`.
 
     The arrays become the artifact `data/NAME.npz` and the run's input with the context "training"
-    and the tag `sha256`; the record becomes `flataudit/training.json`.
+    and the tag `sha256`; the record becomes `flataudit/training.json`. x is one array, or a dict
+    of at least two by the names of forward's parameters.
 
     Raises:
-        InputError: x and y do not fit together.
+        InputError: x and y do not fit together, or x does not fit into an npz file.
         StoreError: the store failed.
     """
     import numpy as np
 
     sha = digest_of(x, y)
     labels = text_labels(y)
-    x, y = np.asarray(x), np.asarray(y) if labels is None else labels
+    arrays, y = _npz_arrays(x), np.asarray(y) if labels is None else labels
     path = Path(scratch_folder()) / f"{name}.npz"
-    np.savez(path, x=x, y=y)
+    np.savez(path, y=y, **arrays)
     with store_errors(f"log the training data to run {run_id}"):
         from mlflow import MlflowClient
         from mlflow.data.dataset_source_registry import get_dataset_source_from_json
@@ -219,11 +221,27 @@ def log_training_data(
         # MLflow has no source type for a run's own artifacts; "local" downloads them all the same.
         uri = json.dumps({"uri": f"runs:/{run_id}/data/{path.name}"})
         source = get_dataset_source_from_json(uri, "local")
-        dataset = from_numpy(x, targets=y, source=source, name=name, digest=sha[:DIGEST])
+        dataset = from_numpy(
+            arrays.get("x", arrays), targets=y, source=source, name=name, digest=sha[:DIGEST]
+        )
         tags = [InputTag("mlflow.data.context", CONTEXTS[0]), InputTag("sha256", sha)]
         client.log_inputs(run_id, [DatasetInput(Dataset(**dataset.to_dict()), tags)])
         if record is not None:
             client.log_dict(run_id, to_json(record.to_record()), TRAINING_ARTIFACT)
+
+
+def _npz_arrays(x: Any) -> dict[str, Any]:
+    """The arrays of an npz file in which `load_data` finds x again: x alone, or several by name."""
+    found = as_features(x, "x")
+    if not isinstance(found, dict | tuple):
+        return {"x": found}
+    if isinstance(found, tuple) or len(found) < 2 or _TAKEN & set(found):
+        got = "a tuple" if isinstance(found, tuple) else ", ".join(found) or "none"
+        raise InputError(
+            "expected x as one array, or as a dict of several arrays with other names than"
+            f" {', '.join(sorted(_TAKEN))}, got {got}; name the inputs as forward does"
+        )
+    return found
 
 
 # --- the run ------------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ the number of parameters.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,40 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flataudit.curvature.problem import Problem, make_problem
-from flataudit.families import make_family
+from tests.case import Built, Case, build, constant, elementwise
+from tests.layer_cases import LAYER_CASES
+
+__all__ = ["BY_NAME", "CASES", "REFERENCES", "Built", "Case", "build", "constant", "elementwise"]
 
 DATA = Path(__file__).parent / "data"
-
-Penalties = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-
-# --- penalties: D by parameter name -------------------------------------------------------------
-
-
-def constant(value: float, free: tuple[str, ...] = ()) -> Penalties:
-    """The same penalty on every element, none on parameters whose name ends in one of `free`."""
-
-    def of(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: torch.full_like(p.detach(), 0.0 if free and name.endswith(free) else value)
-            for name, p in params.items()
-        }
-
-    return of
-
-
-def elementwise(low: float, high: float) -> Penalties:
-    """Every element its own penalty, log-uniform over low..high, as Adam's are."""
-
-    def of(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(7)
-        return {
-            name: low * (high / low) ** torch.rand(p.shape, generator=generator).double()
-            for name, p in params.items()
-        }
-
-    return of
 
 
 # --- models that nn.Sequential cannot say -------------------------------------------------------
@@ -247,51 +218,6 @@ def _labels(n: int, classes: int) -> Tensor:
 
 
 # --- the cases ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, its data, family and penalty; `layers`: weights whose Gram goes layer by layer.
-
-    `layers` None: not claimed. `closed_form`: values known without the general definition.
-    """
-
-    name: str
-    model: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
-    y: Callable[[], Tensor]
-    family: str = "categorical"
-    penalty: Penalties = field(default_factory=lambda: constant(0.02))
-    dispersion: float = 1.0
-    seed: int = 0
-    layers: tuple[str, ...] | None = None
-    closed_form: Callable[[Tensor, Tensor], dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Built:
-    """A case made real: float64 in eval mode."""
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    penalty: dict[str, Tensor]
-    problem: Problem
-
-
-def build(case: Case, *, chunk_size: int | None = None, copies: int = 1) -> Built:
-    """The case's model, data, penalty and problem; `copies` repeats the data set."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.seed)
-        model, x, y = case.model().double().eval(), case.x(), case.y()
-    x = x.double() if x.is_floating_point() else x
-    x, y = torch.cat([x] * copies), torch.cat([y] * copies)
-    with torch.no_grad():
-        n_outputs = model(x[:2]).reshape(2, -1).shape[1]
-    family = make_family(case.family, y, n_outputs, case.dispersion)
-    checked = family.check(y, n_outputs)
-    problem = make_problem(copy.deepcopy(model), x, checked, family, chunk_size=chunk_size)
-    return Built(model, x, y, case.penalty(problem.params), problem)
 
 
 def _ridge_form(x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -511,6 +437,7 @@ CASES = (
     Case("gru", Recurrent, lambda: torch.randn(10, 4, 3), lambda: _labels(10, 3)),
     Case("data_dependent", DataDependent, lambda: torch.randn(12, 4), lambda: _labels(12, 3)),
     Case("unused", Unused, lambda: torch.randn(12, 5), lambda: _labels(12, 3)),
+    *LAYER_CASES,
 )
 BY_NAME = {case.name: case for case in CASES}
 

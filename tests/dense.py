@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,18 @@ class Dense:
     trace_ggn: float
 
 
-def jacobian(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def call(model: nn.Module, x: Any) -> Tensor:
+    """model(x), model(*x) for a tuple or model(**x) for a dict."""
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
+
+
+def jacobian(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Outputs (n, K) and their derivatives (n, K, P), one backward pass per output."""
     params = [p for p in model.parameters() if p.requires_grad]
-    outputs = model(x).reshape(len(x), -1)
+    outputs = call(model, x)
+    outputs = outputs.reshape(len(outputs), -1)
     rows = []
     for output in outputs.flatten():
         grads = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
@@ -81,7 +90,7 @@ def pseudo_inverse(matrix: Tensor) -> Tensor:
 
 def dense(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     y: Tensor,
     family: str,
     penalty: Mapping[str, Tensor],

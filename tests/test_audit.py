@@ -18,6 +18,7 @@ import flataudit
 import flataudit.solvers as solvers
 from flataudit import InputError, audit
 from flataudit.errors import MemoryPlanError
+from tests.case import first
 from tests.cases import CASES, REFERENCES, build, reference
 from tests.dense import dense
 
@@ -354,7 +355,7 @@ def test_every_case_gives_the_contracts_json(case):
     report = audit(
         built.model,
         (built.x, built.y),
-        heldout=(built.x[:5], built.y[:5]),
+        heldout=(first(built.x, 5), built.y[:5]),
         family=case.family,
         penalty=penalty,
         dispersion=case.dispersion,

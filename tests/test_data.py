@@ -130,6 +130,54 @@ def test_digest_is_the_report_s():
     assert digest_of(torch.from_numpy(X), Y) == digest_of(X, Y) != digest_of(X + 1, Y)
 
 
+# --- several inputs -----------------------------------------------------------------------------
+
+IDS = np.arange(8).reshape(4, 2)
+MASK = np.array([[True, False]] * 4)
+
+
+def test_npz_with_named_inputs(folder):
+    np.savez("named.npz", ids=IDS, mask=MASK, y=Y)
+    data = load_data("named.npz")
+    assert isinstance(data.x, dict)
+    assert list(data.x) == ["ids", "mask"]
+    assert (data.x["ids"].dtype, data.x["mask"].dtype) == (np.int64, np.bool_)
+    np.testing.assert_array_equal(data.y, Y)
+    # Without x there must be several arrays: one that is misnamed stays an error (`BAD`).
+    np.savez("both.npz", x=X, ids=IDS, y=Y)
+    np.testing.assert_array_equal(load_data("both.npz").x, X)
+
+
+def test_function_with_several_inputs(folder):
+    (folder / "my_inputs.py").write_text(
+        "import numpy as np, torch\n"
+        "def named(): return {'ids': torch.ones(3, 2).long(), 'scale': [1., 2., 3.]}, [0, 1, 0]\n"
+        "def placed(): return (np.ones((3, 2)), torch.ones(3)), [0, 1, 0]\n"
+        "def nested(): return ((1, 2), (3, 4), (5, 6)), [0, 1, 0]\n"
+        "def text(): return {'ids': ['a'], 'mask': [1]}, [0]\n"
+    )
+    try:
+        named = load_data("my_inputs:named")
+        assert {k: (v.shape, v.dtype) for k, v in named.x.items()} == {
+            "ids": ((3, 2), np.int64),
+            "scale": ((3,), np.float64),
+        }
+        placed = load_data("my_inputs:placed").x
+        assert isinstance(placed, tuple)
+        assert [array.shape for array in placed] == [(3, 2), (3,)]
+        assert load_data("my_inputs:nested").x.shape == (3, 2)
+        with pytest.raises(InputError, match="numbers for ids in x of my_inputs:text, got dtype"):
+            load_data("my_inputs:text")
+    finally:
+        sys.modules.pop("my_inputs", None)
+        sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
+
+
+def test_digest_of_named_inputs():
+    x = {"mask": MASK, "ids": IDS}
+    assert digest_of(x, Y) == digest_of(dict(reversed(x.items())), Y) != digest_of((MASK, IDS), Y)
+
+
 # --- mlflow -------------------------------------------------------------------------------------
 
 

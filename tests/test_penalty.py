@@ -86,7 +86,7 @@ def second_moment(problem, batch: int, decay: float = 0.0) -> dict[str, torch.Te
     batches = list(itertools.combinations(range(problem.n_samples), batch))
     for at in batches:
         at = list(at)
-        loss = nn.functional.cross_entropy(model(problem.x[at]), problem.y[at])
+        loss = nn.functional.cross_entropy(problem.x[at].call(model), problem.y[at])
         grads = torch.autograd.grad(loss, list(params.values()))
         for (name, p), g in zip(params.items(), grads, strict=True):
             total[name] += (g + decay * p.detach()).square() / len(batches)
@@ -246,7 +246,7 @@ def test_stationarity():
 
     def closure():
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(problem.model(problem.x), problem.y)
+        loss = nn.functional.cross_entropy(problem.x.call(problem.model), problem.y)
         loss = loss + 0.05 * sum(p.square().sum() for p in leaves) / 2
         loss.backward()
         return loss

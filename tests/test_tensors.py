@@ -15,11 +15,19 @@ X = np.arange(12.0).reshape(4, 3)
 Y = np.array([0, 1, 0, 1])
 
 
+def pair_of(x, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors of a single input."""
+    inputs, y = as_pair((x, y), "train")
+    (x,) = inputs.parts
+    assert inputs.names is None
+    return x, y
+
+
 @pytest.mark.parametrize(
     "dtype", ["float16", "float32", "float64", "longdouble", ">f4", ">f8", "<f8"]
 )
 def test_any_float_array(dtype):
-    x, y = as_pair((X.astype(dtype), Y), "train")
+    x, y = pair_of(X.astype(dtype), Y)
     assert x.dtype == torch.float64
     assert y.dtype == torch.int64
     assert x.tolist() == X.tolist()
@@ -27,14 +35,14 @@ def test_any_float_array(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_any_float_tensor(dtype):
-    x, _ = as_pair((torch.tensor(X, dtype=dtype, requires_grad=True), torch.tensor(Y)), "train")
+    x, _ = pair_of(torch.tensor(X, dtype=dtype, requires_grad=True), torch.tensor(Y))
     assert x.dtype == torch.float64
     assert not x.requires_grad
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint16", "uint32", ">i4"])
 def test_integers_stay_integers(dtype):
-    x, _ = as_pair((X.astype(dtype), Y), "train")
+    x, _ = pair_of(X.astype(dtype), Y)
     assert not x.is_floating_point()
     assert x.tolist() == X.astype(int).tolist()
 
@@ -49,13 +57,13 @@ def test_lists_views_and_read_only_arrays():
     fixed = X.copy()
     fixed.flags.writeable = False
     for given in (X.tolist(), backwards[::-1], fixed, np.asfortranarray(X)):
-        x, _ = as_pair((given, Y.tolist()), "train")
+        x, _ = pair_of(given, Y.tolist())
         assert x.tolist() == X.tolist()
 
 
 def test_the_callers_array_is_copied():
     mine = X.copy()
-    x, _ = as_pair((mine, Y), "train")
+    x, _ = pair_of(mine, Y)
     x[0, 0] = 99.0
     assert mine[0, 0] == 0.0
 
@@ -87,14 +95,14 @@ def test_bad_data(data, part):
 
 
 def test_one_dimensional_x():
-    x, _ = as_pair((X[:, 0], Y), "train")
+    x, _ = pair_of(X[:, 0], Y)
     assert x.shape == (4,)
-    with pytest.raises(InputError, match=r"NaN or infinity in \d of 4"):
+    with pytest.raises(InputError, match=r"NaN or infinity in 1 of 4"):
         as_pair((np.array([1.0, np.nan, 2.0, 3.0]), Y), "train")
 
 
 def test_digest_is_of_dtype_shape_and_bytes():
-    x, y = as_pair((X, Y), "train")
+    x, y = pair_of(X, Y)
     sha = hashlib.sha256()
     for array in (X, Y):
         sha.update(f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
@@ -102,7 +110,7 @@ def test_digest_is_of_dtype_shape_and_bytes():
 
 
 def test_digest_tells_data_apart():
-    x, y = as_pair((X, Y), "train")
+    x, y = pair_of(X, Y)
     others = [
         (x.clone().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(1.0).double()), y),
         (x.flip(0), y),

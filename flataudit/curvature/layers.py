@@ -7,7 +7,6 @@ and whose parameters belong to it alone; every other parameter takes the Jacobia
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ def find_layers(problem: Problem) -> list[Layer]:
 
     def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         calls[id(module)] += 1
-        fits = bool(args) and args[0].shape[:1] == batch.shape[:1]
+        fits = bool(args) and args[0].shape[:1] == (len(batch),)
         shapes[id(module)] = args[0].ndim if fits and shapes.get(id(module), 0) >= 0 else -1
 
     candidates = [m for m in problem.model.modules() if _supported(m)]
@@ -52,7 +51,7 @@ def find_layers(problem: Problem) -> list[Layer]:
     try:
         with torch.no_grad():
             for batch in (problem.x[:1], problem.x[:2]):  # two sizes: a sequence may be as long
-                problem.model(batch)
+                batch.call(problem.model)
     finally:
         for handle in handles:
             handle.remove()
@@ -149,7 +148,7 @@ def capture(problem: Problem, layers: list[Layer]) -> tuple[dict[str, Tensor], d
 
 def forward_chunks(problem: Problem) -> Iterator[slice]:
     """Chunks whose inputs, activations and deltas together stay near CHUNK_BYTES."""
-    yield from problem.chunks(32 * (math.prod(problem.x.shape[1:]) + 64 * problem.n_columns))
+    yield from problem.chunks(32 * (problem.x.values_per_sample + 64 * problem.n_columns))
 
 
 def as_positions(module: nn.Linear | nn.Conv2d, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ J_i = df_i/dtheta (K, P); Lambda_i = S_i S_i' (see `flataudit.families`).
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flataudit.errors import InputError, MemoryPlanError
 from flataudit.families import Factor, Family
+from flataudit.inputs import Inputs
 from flataudit.memory import available_bytes, human
 
 # Working set of one chunk of samples: large enough for full-speed products, small enough that the
@@ -34,7 +36,7 @@ class Problem:
 
     model: nn.Module
     params: Mapping[str, Tensor]
-    x: Tensor
+    x: Inputs
     y: Tensor
     family: Family
     outputs: Tensor
@@ -141,7 +143,12 @@ class Problem:
 
 
 def make_problem(
-    model: nn.Module, x: Tensor, y: Tensor, family: Family, *, chunk_size: int | None = None
+    model: nn.Module,
+    x: Inputs | Tensor,
+    y: Tensor,
+    family: Family,
+    *,
+    chunk_size: int | None = None,
 ) -> Problem:
     """The problem at the model's current parameters; `model` is a prepared copy in eval mode.
 
@@ -155,6 +162,7 @@ def make_problem(
             "expected a model with trained parameters, got none with requires_grad=True;"
             " flatness is undefined without parameters"
         )
+    x = Inputs.of(x)
     outputs = predict(model, x, chunk_size=chunk_size)
     _plan_factor(outputs)
     if not bool(torch.isfinite(outputs).all()):
@@ -180,15 +188,15 @@ def _plan_factor(outputs: Tensor) -> None:
         )
 
 
-def evaluate(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+def evaluate(model: nn.Module, x: Inputs, params: Mapping[str, Tensor] | None = None) -> Tensor:
     """Model outputs as (n, K) float64, at other parameters where given."""
-    out = model(x) if params is None else torch.func.functional_call(model, dict(params), (x,))
+    out = x.call(model, params)
     if not isinstance(out, Tensor):
         raise InputError(
-            f"expected one output tensor, got {type(out).__name__}; wrap the model so that it"
-            " returns its logits alone"
+            f"expected one output tensor, or an object with logits, got {type(out).__name__}; wrap"
+            " the model so that it returns its logits alone"
         )
-    if out.shape[:1] != x.shape[:1]:
+    if out.ndim == 0 or len(out) != len(x):
         raise InputError(
             f"expected one output row per sample, got shape {tuple(out.shape)} for"
             f" {len(x)} samples; wrap the model so that samples come first"
@@ -196,8 +204,9 @@ def evaluate(model: nn.Module, x: Tensor, params: Mapping[str, Tensor] | None = 
     return out.reshape(len(out), -1).to(torch.float64)
 
 
-def predict(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> Tensor:
+def predict(model: nn.Module, x: Inputs | Tensor, *, chunk_size: int | None = None) -> Tensor:
     """Outputs (n, K) float64 in eval mode without gradients, chunk by chunk."""
+    x = Inputs.of(x)
     size = max(2, chunk_size or 1024)
     starts = list(range(0, len(x), size))
     # A model exported with a batch of at least two must not meet a last chunk of one sample.
@@ -208,18 +217,28 @@ def predict(model: nn.Module, x: Tensor, *, chunk_size: int | None = None) -> Te
         return torch.cat([evaluate(model, x[a:b]) for a, b in zip(starts, ends, strict=True)])
 
 
-def _smallest_batch(model: nn.Module, x: Tensor, outputs: Tensor) -> int:
-    """1, or 2 for an exported graph that refuses a batch of one; checks sample independence."""
+def _smallest_batch(model: nn.Module, x: Inputs, outputs: Tensor) -> int:
+    """1, or 2 for an exported graph that refuses a batch of one.
+
+    Raises InputError for outputs that are random or depend on the other samples of the batch.
+    """
     repeat = 1
+    tolerance = 1e-4 * (float(outputs.abs().max()) + 1.0)
+    with torch.no_grad():
+        once, again = evaluate(model, x[:64]), evaluate(model, x[:64])
+    if float((once - again).abs().max()) > tolerance:
+        raise InputError(
+            "expected the same outputs at every call, got random ones; pass self.training to"
+            " functional dropout, so that eval mode switches it off"
+        )
     try:
         with torch.no_grad():
             alone = evaluate(model, x[:1])
     except Exception:  # an exported graph's guard may raise anything; squeeze() drops the batch
         repeat = 2
         with torch.no_grad():
-            alone = evaluate(model, torch.cat([x[:1], x[:1]]))[:1]
-    scale = float(outputs.abs().max()) + 1.0
-    if float((alone[0] - outputs[0]).abs().max()) > 1e-4 * scale:
+            alone = evaluate(model, x[[0, 0]])[:1]
+    if float((alone[0] - outputs[0]).abs().max()) > tolerance:
         raise InputError(
             "expected outputs that depend on their own sample alone, got outputs that change with"
             " the batch; put batch statistics and attention across samples in eval mode"
@@ -228,7 +247,7 @@ def _smallest_batch(model: nn.Module, x: Tensor, outputs: Tensor) -> int:
 
 
 def _vjp_rows(
-    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+    problem: Problem, chosen: Mapping[str, Tensor], x: Inputs, cotangents: Tensor
 ) -> Tensor:
     """cotangents (c, m, K) times each sample's Jacobian: (c, m, P_chosen) float64."""
     pulled = _vjp_tensors(problem, chosen, x, cotangents)
@@ -237,7 +256,7 @@ def _vjp_rows(
 
 
 def _vjp_tensors(
-    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+    problem: Problem, chosen: Mapping[str, Tensor], x: Inputs, cotangents: Tensor
 ) -> dict[str, Tensor]:
     """The same by parameter, each (c, m, *shape) in the parameters' own dtype."""
     # Parameters that are not asked for must not require gradients either: batch norm's vmap rule
@@ -246,29 +265,33 @@ def _vjp_tensors(
     leaves = {name: fixed[name] for name in chosen}
     dtype = next(iter(leaves.values())).dtype
 
-    def outputs_of(x_i: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-        batch = x_i.unsqueeze(0).expand(problem.repeat, *x_i.shape)
+    def outputs_of(sample: tuple[Tensor, ...]) -> Callable[[dict[str, Tensor]], Tensor]:
+        batch = x.like(tuple(t.expand(problem.repeat, *t.shape) for t in sample))
 
         def f(p: dict[str, Tensor]) -> Tensor:
-            out: Tensor = torch.func.functional_call(problem.model, fixed | p, (batch,))
+            out: Tensor = batch.call(problem.model, fixed | p)
             return out[0].reshape(-1)
 
         return f
 
-    def one(x_i: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        pull = torch.func.vjp(outputs_of(x_i), leaves)[1]
+    def one(sample: tuple[Tensor, ...], rows: Tensor) -> dict[str, Tensor]:
+        pull = torch.func.vjp(outputs_of(sample), leaves)[1]
         grads: tuple[dict[str, Tensor]] = torch.func.vmap(pull)(rows)
         return grads[0]
 
     cotangents = cotangents.to(dtype)
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no batching rule
-            pulled: dict[str, Tensor] = torch.func.vmap(one)(x, cotangents)
+        # The other attention kernels have no batching rule; where an operator has none, torch
+        # loops over it, right but slow, and warns.
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            pulled: dict[str, Tensor] = torch.func.vmap(one)(x.parts, cotangents)
         return pulled
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError):
-        # Data-dependent control flow, recurrent kernels and the like: one sample at a time.
+    except Exception:
+        # Data-dependent control flow, recurrent kernels and the like raise almost anything: one
+        # sample at a time, where an error of the model's own is raised again.
         each = [
             _sample_tensors(problem, chosen, x[i : i + 1], cotangents[i]) for i in range(len(x))
         ]
@@ -276,12 +299,11 @@ def _vjp_tensors(
 
 
 def _sample_tensors(
-    problem: Problem, chosen: Mapping[str, Tensor], x: Tensor, cotangents: Tensor
+    problem: Problem, chosen: Mapping[str, Tensor], x: Inputs, cotangents: Tensor
 ) -> dict[str, Tensor]:
     """One sample's (m, *shape) by plain reverse mode."""
-    batch = x.expand(problem.repeat, *x.shape[1:])
     with torch.enable_grad():
-        out = problem.model(batch)[0].reshape(-1)
+        out = x[[0] * problem.repeat].call(problem.model)[0].reshape(-1)
     rows = [
         torch.autograd.grad(
             out, list(chosen.values()), cotangent, retain_graph=True, materialize_grads=True

@@ -16,6 +16,10 @@ from flataudit.errors import InputError
 from flataudit.models.sklearn_penalty import PENALTIES
 
 SUPPORTED = ", ".join(PENALTIES)
+_WHY = {
+    "transformers": "a pipeline, whose tokenizer and files need the transformers library; log the"
+    " pipeline's model with mlflow.pytorch.log_model and give its token ids and mask by name",
+}
 _TREE_FLAVORS = ("xgboost", "lightgbm", "catboost", "h2o")
 _NO_GRADIENT = "a tree ensemble has no gradient"
 # Why flatness is undefined, by the class's name; the first that matches.
@@ -38,6 +42,8 @@ def refuse_flavor(flavor: str) -> NoReturn:
     """Raises InputError: neither pytorch nor sklearn, and why that cannot be audited."""
     if flavor in _TREE_FLAVORS:
         raise InputError(_undefined(f"a {flavor} model", _NO_GRADIENT))
+    if flavor in _WHY:
+        raise InputError(f"expected a model of the pytorch flavor, got {flavor}, {_WHY[flavor]}")
     raise InputError(
         f"expected a model of the pytorch or sklearn flavor, got {flavor}; log the network itself"
         " with mlflow.pytorch.log_model"

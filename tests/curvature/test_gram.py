@@ -56,7 +56,7 @@ def test_reused_module_would_lose_its_cross_terms():
     problem, inner = built.problem, built.problem.model.inner
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = inner.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
-    out = problem.model(problem.x)
+    out = problem.model(built.x)
     handle.remove()
     assert len(seen) == 2
     root = problem.factor.root / problem.n_samples**0.5

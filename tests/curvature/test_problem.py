@@ -150,7 +150,7 @@ class Pooled(nn.Linear):
     ("model", "parts"),
     [
         (Batchwise(), ("depend on their own sample", "eval mode")),
-        (Pair(4, 1), ("one output tensor", "tuple", "logits alone")),
+        (Pair(4, 1), ("one output tensor, or an object with logits", "tuple", "logits alone")),
         (Pooled(4, 1), ("one output row per sample", "samples come first")),
         (nn.Linear(4, 1).requires_grad_(False), ("trained parameters", "requires_grad")),
     ],

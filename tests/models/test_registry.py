@@ -425,7 +425,12 @@ def test_a_registered_estimator_is_audited_with_its_own_penalty(store, serializa
 
 
 @pytest.mark.parametrize(
-    ("flavor", "expected"), [("xgboost", "flatness is undefined"), ("onnx", "got onnx; log the")]
+    ("flavor", "expected"),
+    [
+        ("xgboost", "flatness is undefined"),
+        ("onnx", "got onnx; log the"),
+        ("transformers", "got transformers, a pipeline, whose tokenizer"),
+    ],
 )
 def test_other_flavors_are_refused(store, tmp_path, flavor, expected):
     (tmp_path / "MLmodel").write_text(
