@@ -64,7 +64,7 @@ from flataudit.selection import (
 )
 from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
-from flataudit.solvers import SOLVERS, check_name
+from flataudit.solvers import check_name
 from flataudit.tensors import as_pair, digest, resolve_device
 from flataudit.training import parse_training
 
@@ -155,6 +155,7 @@ def audit(
     train = as_pair(train, "train")
     prepared, problem = _problem(subject, train, names, dispersion, device, chunk_size)
     unseen = None if heldout is None else _unseen(heldout, train[0], prepared, problem, seed)
+    varied = wants_sensitivity(sensitivity, problem)
 
     # (2) The penalty D and the factorisation of G + D.
     say("factorising the curvature")
@@ -205,7 +206,7 @@ def audit(
         soft_rank_recalibrated=recalibrated,
     )
     penalties = None
-    if wants_sensitivity(sensitivity, problem):
+    if varied:
         say("varying the penalty")
         penalties = penalty_sensitivity(fit, estimates)
 
@@ -335,9 +336,7 @@ def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Est
     scale = recalibration_scale(family, problem.outputs, accuracy)
     if scale is None:
         return None
-    factor = family.factor(problem.outputs * scale, problem.y)
-    variance = SOLVERS[fit.solver.name].solve(problem.with_factor(factor), fit.penalty)
-    leverage = estimators.soft_rank(variance)
+    leverage = estimators.soft_rank(fit.variance_at(fit.penalty, scale))
     return _estimate(nll, leverage, rank=float(leverage.sum()), scale=scale)
 
 

@@ -45,6 +45,16 @@ class PenalisedFit:
     solver: SolverInfo
     remaining_gradient: float  # |gbar + D theta| with the objective's D, nats
 
+    def variance_at(
+        self, penalty: Mapping[str, Tensor], scale: float | None = None
+    ) -> FunctionalVariance:
+        """One more factorisation: at another D, and with Lambda at logits times `scale`."""
+        problem = self.problem
+        if scale is not None:
+            factor = problem.family.factor(problem.outputs * scale, problem.y)
+            problem = problem.with_factor(factor)
+        return SOLVERS[self.solver.name].solve(problem, penalty)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Resolved:

@@ -29,7 +29,7 @@ def data_warnings(report: Json, train: Dataset, source: ModelSource) -> list[Jso
         StoreError: the source run cannot be read.
     """
     found = []
-    if train.tag_sha256 not in (None, digest_of(*train.pair)):
+    if train.tag_sha256 is not None and train.tag_sha256 != digest_of(*train.pair):
         found.append(
             "the sha256 of the training data differs from the one logged with it: they have changed"
             " since training; audit the data that the model was trained on"

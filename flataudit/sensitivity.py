@@ -10,7 +10,6 @@ from flataudit.curvature.problem import Problem
 from flataudit.errors import InputError, NumericalError
 from flataudit.fitting import PenalisedFit
 from flataudit.results import Estimates, PenaltyPoint
-from flataudit.solvers import SOLVERS
 
 LIMIT = 2000  # min(P, N) up to which `auto` computes it
 FACTORS = (1.0 / 3.0, 1.0, 3.0)
@@ -25,7 +24,9 @@ def wants_sensitivity(asked: str | bool, problem: Problem) -> bool:
     if isinstance(asked, bool):
         return asked
     if asked != "auto":
-        raise InputError(f"expected sensitivity to be 'auto', True or False, got {asked!r}")
+        raise InputError(
+            f"expected sensitivity to be 'auto', True or False, got {asked!r}; choose one"
+        )
     return min(problem.n_params, problem.n_rows) <= LIMIT
 
 
@@ -51,16 +52,15 @@ def penalty_sensitivity(
 
 
 def _point(fit: PenalisedFit, factor: float, scale: float | None) -> PenaltyPoint:
-    problem, family, solver = fit.problem, fit.problem.family, SOLVERS[fit.solver.name]
+    problem, family = fit.problem, fit.problem.family
     penalty = {name: factor * d for name, d in fit.penalty.items()}
     try:
-        variance = solver.solve(problem, penalty)
+        variance = fit.variance_at(penalty)
         v = problem.factor.residual
         left_out = estimators.loo(variance, v, family, problem.outputs, problem.y)
         recalibrated = None
         if scale is not None:
-            scaled = family.factor(problem.outputs * scale, problem.y)
-            again = solver.solve(problem.with_factor(scaled), penalty)
+            again = fit.variance_at(penalty, scale)
             recalibrated = float(estimators.soft_rank(again).mean())
     except NumericalError:  # a neighbouring penalty is no reason for the audit to fail
         return PenaltyPoint(factor, None, None, None, None)

@@ -10,9 +10,9 @@ import torch
 
 import flataudit
 from flataudit import InputError, audit
-from flataudit.audit import SOLVERS
 from flataudit.errors import NumericalError
 from flataudit.sensitivity import LIMIT, wants_sensitivity
+from flataudit.solvers import SOLVERS
 from tests.cases import BY_NAME, build
 from tests.test_audit import X, Y, network, shown
 
