@@ -312,7 +312,7 @@ def test_a_bug_is_one_line_too(audit, models, monkeypatch):
     def raises(*_, **__):
         raise KeyError("bug")
 
-    monkeypatch.setattr(cli, "_check_writable", raises)
+    monkeypatch.setattr(cli.audit, "check_writable", raises)
     before = content(models)
     done = audit("--json", "a.json")
     assert done.code == 3

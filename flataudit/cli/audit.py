@@ -1,0 +1,98 @@
+"""`flataudit audit`: one audit, printed and logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flataudit.cli.output import StageDisplay, check_writable, number, write_whole
+
+
+def audit(
+    model_uri: Annotated[
+        str,
+        typer.Argument(
+            help="models:/name/version, models:/name@alias, models:/m-id, runs:/id/path or a"
+            " local MLflow model folder",
+            show_default=False,
+        ),
+    ],
+    train: Annotated[
+        str,
+        typer.Option(
+            help="training data: file.npz (x, y; or y and inputs by name), .csv or .parquet with"
+            " --target, module:function, or mlflow (the source run's dataset)",
+            show_default=False,
+        ),
+    ],
+    heldout: Annotated[
+        str, typer.Option(help="data never used in training: judges calibration")
+    ] = "",
+    target: Annotated[str, typer.Option(help="target column of tables")] = "",
+    family: Annotated[
+        str, typer.Option(help="auto, categorical, bernoulli, gaussian or poisson")
+    ] = "",
+    penalty: Annotated[str, typer.Option(help="auto, or the weight decay of the mean loss")] = "",
+    dispersion: Annotated[str, typer.Option(help="auto, or the Gaussian variance")] = "",
+    training: Annotated[
+        str, typer.Option(help="training record: auto (the source run), FILE or KEY=VALUE,...")
+    ] = "",
+    curvature: Annotated[str, typer.Option(help="ggn")] = "",
+    solver: Annotated[str, typer.Option(help="auto, primal or dual")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
+    sensitivity: Annotated[
+        str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")
+    ] = "",
+    config: Annotated[str, typer.Option(help="YAML file of options; the command line wins")] = "",
+    json_file: Annotated[
+        str, typer.Option("--json", help="write the report as JSON to FILE, or - for stdout")
+    ] = "",
+    no_log: Annotated[bool, typer.Option("--no-log", help="write nothing to MLflow")] = False,
+    deadline: Annotated[
+        float | None, typer.Option(help="seconds after which the audit is stopped")
+    ] = None,
+    tracking_uri: Annotated[
+        str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
+    ] = "",
+) -> None:
+    """Predict a model's generalization gap and log it, with its confidence, to MLflow."""
+    from flataudit.config import make_options, read_options
+    from flataudit.report import terminal
+    from flataudit.stages import Stages, estimate, run_audit
+
+    from_file = read_options(Path(config)) if config else {}
+    given = {
+        "target": target,
+        "family": family,
+        "penalty": number(penalty),
+        "dispersion": number(dispersion),
+        "training": training,
+        "curvature": curvature,
+        "solver": solver,
+        "device": device,
+        "sensitivity": sensitivity,
+        "deadline": deadline,
+        "tracking_uri": tracking_uri,
+    }
+    given = {key: value for key, value in given.items() if value not in (None, "")}
+    options = make_options({**from_file, **given}, "the options")
+    if json_file not in ("", "-"):
+        check_writable(Path(json_file))
+    with StageDisplay() as show:
+        stages = Stages(estimate=lambda loaded, values: estimate(loaded, values, show.stage))
+        result = run_audit(
+            model_uri, train, heldout or None, options, stages=stages, write=not no_log
+        )
+    report = result["report"]
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if json_file == "-":
+        print(text)
+        return
+    if json_file:
+        write_whole(Path(json_file), text + "\n")
+    print(terminal.render(report))
+    if result["run_id"]:
+        print(f"\nlogged to MLflow: run {result['run_id']} in experiment flataudit")
