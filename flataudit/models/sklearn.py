@@ -174,12 +174,12 @@ def _supported_name(estimator: Any) -> str:
                 f"expected two classes for SGDClassifier, got {n_classes}: it fits one model per"
                 " class, not a softmax; use LogisticRegression, or audit each class alone"
             )
-    if name == "LogisticRegression":
+    if name in ("LogisticRegression", "LogisticRegressionCV"):
         mode = getattr(estimator, "multi_class", "auto")
         separate = estimator.solver == "liblinear" or mode == "ovr"
         if (n_classes > 2 and separate) or (n_classes == 2 and mode == "multinomial"):
             raise InputError(
-                f"expected a softmax over {n_classes} classes, got LogisticRegression with"
+                f"expected a softmax over {n_classes} classes, got {name} with"
                 f" solver={estimator.solver!r}, multi_class={mode!r}; refit with solver='lbfgs'"
             )
     if name == "MLPClassifier" and estimator.out_activation_ == "logistic" and _outputs(estimator):

@@ -11,18 +11,29 @@ from scipy import sparse
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
+from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import (
+    BayesianRidge,
+    ElasticNet,
+    GammaRegressor,
     Lasso,
     LinearRegression,
     LogisticRegression,
     LogisticRegressionCV,
     Ridge,
     RidgeClassifier,
+    RidgeCV,
     SGDClassifier,
+    SGDRegressor,
+    TweedieRegressor,
 )
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.naive_bayes import GaussianNB
@@ -32,12 +43,15 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils.discovery import all_estimators
 
 import flataudit
+from flataudit.models.flavors import refused as refused_by_name
 from flataudit.models.sklearn import as_network, make_twin
 from flataudit.models.sklearn_penalty import PENALTIES
 from tests.sklearn_cases import (
     CASES,
+    CV,
     PAIR,
     REAL,
     RNG,
@@ -262,6 +276,9 @@ UNDEFINED = {
     "dummy": (DummyClassifier(), "it ignores x"),
     "ridge_classifier": (RidgeClassifier(), "no likelihood"),
     "lasso": (Lasso(), "no curvature"),
+    "elastic_net": (ElasticNet(), "no curvature"),
+    "histograms": (HistGradientBoostingClassifier(max_iter=2), "no gradient"),
+    "gaussian_process": (GaussianProcessClassifier(), "one weight per training sample"),
 }
 
 
@@ -273,6 +290,29 @@ def test_flatness_is_undefined(name):
         assert f"got {type(estimator).__name__} (scikit-learn)" in text
         assert reason in text
         assert "flatness is undefined" in text
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor", "cluster"])
+def test_every_estimator_of_scikit_learn_is_audited_or_refused_with_a_reason(kind):
+    for name, _ in all_estimators(type_filter=kind):
+        if name not in PENALTIES:
+            text = str(refused_by_name(name))
+            assert "flatness is undefined" in text or "which is not supported: " in text, name
+
+
+def test_the_folds_choose_c_and_alpha():
+    choice = LogisticRegressionCV(
+        Cs=[1e-3, 0.1, 10.0], solver="newton-cholesky", **CV, **TIGHT
+    ).fit(X, THREE)
+    found = flataudit.audit(choice, (X, THREE))
+    assert found.penalty.value == pytest.approx(1 / (choice.C_ * N))
+    plain = LogisticRegression(C=choice.C_, solver="newton-cholesky", **TIGHT).fit(X, THREE)
+    same_report(found, flataudit.audit(plain, (X, THREE)))
+    folds = RidgeCV(alphas=[0.1, 3.0, 50.0], cv=4).fit(X, REAL)
+    same_report(
+        flataudit.audit(folds, (X, REAL)),
+        flataudit.audit(Ridge(alpha=folds.alpha_).fit(X, REAL), (X, REAL)),
+    )
 
 
 SETTINGS = {
@@ -298,11 +338,25 @@ SETTINGS = {
         PAIR,
         "its gradient is not that of its loss",
     ),
-    "unknown": (
-        LogisticRegressionCV(l1_ratios=(0.0,), use_legacy_attributes=False, scoring="accuracy"),
+    "averaged": (
+        LogisticRegressionCV(Cs=[1.0], refit=False, **CV),
         TWO,
-        f"{', '.join(PENALTIES)}, got LogisticRegressionCV; audit one",
+        "LogisticRegressionCV with refit=True",
     ),
+    "cv_l1": (
+        LogisticRegressionCV(Cs=[1.0], solver="saga", tol=0.1, **(CV | {"l1_ratios": (0.5,)})),
+        TWO,
+        "an l2 penalty, got LogisticRegressionCV",
+    ),
+    "alpha_per_target": (
+        RidgeCV(alphas=[0.1, 1e4], alpha_per_target=True),
+        PAIR,
+        "one number as alpha_ of RidgeCV, got 2",
+    ),
+    "gamma": (GammaRegressor(), np.exp(REAL), "a Gamma likelihood is none of the families"),
+    "tweedie": (TweedieRegressor(), REAL, "not supported: a Tweedie likelihood"),
+    "sgd_regressor": (SGDRegressor(random_state=0), REAL, "fit Ridge"),
+    "bayesian": (BayesianRidge(), REAL, "Ridge with alpha = lambda_/alpha_"),
 }
 
 
