@@ -39,56 +39,20 @@ SMALL = {"hidden_layer_sizes": (4,), "alpha": 1.5}
 
 # name: estimator, target, family, D by the mean loss (squared errors: times the dispersion s2) on
 # weights and on intercepts, and the tolerance |grad J| / |grad NLL| that its optimizer reaches.
+SOLVERS = {
+    f"logistic_{solver}_{kind}": (
+        LogisticRegression(C=0.3, solver=solver, random_state=0, **TIGHT),
+        y,
+        family,
+        1 / (0.3 * N),
+        0,
+        1e-5,
+    )
+    for solver in ("lbfgs", "newton-cg", "newton-cholesky", "sag", "saga")
+    for kind, y, family in (("softmax", THREE, "categorical"), ("binary", TWO, "bernoulli"))
+}
 CASES = {
-    "logistic": (LogisticRegression(C=0.3, **TIGHT), THREE, "categorical", 1 / (0.3 * N), 0, 1e-5),
-    "logistic_newton": (
-        LogisticRegression(C=0.3, solver="newton-cholesky", **TIGHT),
-        THREE,
-        "categorical",
-        1 / (0.3 * N),
-        0,
-        1e-8,
-    ),
-    "logistic_binary": (
-        LogisticRegression(C=2.0, solver="newton-cg", **TIGHT),
-        TWO,
-        "bernoulli",
-        1 / (2.0 * N),
-        0,
-        1e-5,
-    ),
-    "logistic_newton_cg": (
-        LogisticRegression(C=0.3, solver="newton-cg", **TIGHT),
-        THREE,
-        "categorical",
-        1 / (0.3 * N),
-        0,
-        1e-5,
-    ),
-    "logistic_sag": (
-        LogisticRegression(C=0.3, solver="sag", random_state=0, **TIGHT),
-        THREE,
-        "categorical",
-        1 / (0.3 * N),
-        0,
-        1e-5,
-    ),
-    "logistic_saga": (
-        LogisticRegression(C=0.3, solver="saga", random_state=0, **TIGHT),
-        TWO,
-        "bernoulli",
-        1 / (0.3 * N),
-        0,
-        1e-5,
-    ),
-    "logistic_binary_lbfgs": (
-        LogisticRegression(C=2.0, solver="lbfgs", **TIGHT),
-        TWO,
-        "bernoulli",
-        1 / (2.0 * N),
-        0,
-        1e-5,
-    ),
+    **SOLVERS,
     "logistic_cv": (
         LogisticRegressionCV(Cs=[0.02], solver="newton-cholesky", **CV, **TIGHT),
         THREE,

@@ -29,7 +29,7 @@ _REASONS = (
     (r"Neighbors|Centroid", "it keeps the training data and has no fitted parameters"),
     (
         r"^GaussianProcess|^KernelRidge|^Label(Propagation|Spreading)",
-        "it has one weight per training sample, so no sample can be left out of its parameters",
+        "it has one weight per training sample: none can be left out of them",
     ),
     (r"NB$|DiscriminantAnalysis$", "it fits densities of x, not the minimum of a loss"),
     (r"^CalibratedClassifier", "it averages models of several folds, at no minimum together"),
@@ -75,7 +75,7 @@ _UNSUPPORTED = (
 def refuse_flavor(flavor: str) -> NoReturn:
     """Raises InputError: neither pytorch nor sklearn, and why that cannot be audited."""
     if flavor in _TREE_FLAVORS:
-        raise InputError(_undefined(f"a {flavor} model", _NO_GRADIENT))
+        raise InputError(_undefined(f"a model of the {flavor} flavor", _NO_GRADIENT))
     if flavor in _WHY:
         raise InputError(f"expected a model of the pytorch flavor, got {flavor}, {_WHY[flavor]}")
     raise InputError(

@@ -122,7 +122,7 @@ def test_weights_in_float32_are_audited_in_float64():
 
 
 def test_an_argument_wins():
-    estimator = fitted("logistic")
+    estimator = fitted("logistic_lbfgs_softmax")
     given = flataudit.audit(estimator, (X, THREE), penalty=0.5).penalty
     assert (given.source, given.value, given.free_params) == ("argument", 0.5, 0)
     text = "optimizer=sgd,sum_lr=100"
@@ -376,13 +376,15 @@ def test_unfitted(estimator):
 
 def test_data_that_do_not_fit():
     assert "shape (n, 4) for LogisticRegression, got (120, 3)" in refused(
-        fitted("logistic"), X[:, :3]
+        fitted("logistic_lbfgs_softmax"), X[:, :3]
     )
     assert "labels among the estimator's classes 0, 1, 2, got 3" in refused(
-        fitted("logistic"), y=THREE + 1
+        fitted("logistic_lbfgs_softmax"), y=THREE + 1
     )
-    assert "one class label per sample" in refused(fitted("logistic"), y=PAIR)
-    assert "NaN or infinity" in refused(fitted("logistic"), np.where(X > 2, np.nan, X))
+    assert "one class label per sample" in refused(fitted("logistic_lbfgs_softmax"), y=PAIR)
+    assert "NaN or infinity" in refused(
+        fitted("logistic_lbfgs_softmax"), np.where(X > 2, np.nan, X)
+    )
     assert "to be a pair (x, y)" in message(lambda: flataudit.audit(fitted("ridge"), 3))
     text = message(lambda: flataudit.audit(fitted("ridge"), (X, REAL), family="poisson"))
     assert "expected family gaussian for Ridge, got poisson" in text
@@ -400,6 +402,6 @@ class Renamed(LogisticRegression):
 
 
 def test_classes_derived_from_an_estimator():
-    plain = flataudit.audit(fitted("logistic"), (X, THREE))
+    plain = flataudit.audit(fitted("logistic_lbfgs_softmax"), (X, THREE))
     same_report(flataudit.audit(Renamed(C=0.3, **TIGHT).fit(X, THREE), (X, THREE)), plain)
     assert "predictions off by" in refused(Shifted().fit(X, THREE))
