@@ -27,8 +27,15 @@ def store():
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    for name in ("mlflow.pytorch", "mlflow.sklearn", "lightning.pytorch"):
+def _quiet(monkeypatch):
+    # Autologging infers a model's requirements in a process of its own, for 10 s and more.
+    monkeypatch.setenv("MLFLOW_REQUIREMENTS_INFERENCE_TIMEOUT", "1")
+    for name in (
+        "mlflow.pytorch",
+        "mlflow.sklearn",
+        "lightning.pytorch",
+        "mlflow.utils.environment",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
