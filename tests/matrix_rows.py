@@ -260,7 +260,8 @@ def _lightning() -> Subject:
     return Subject(found, x, y, "categorical", {"penalty": 0.02}, definition)
 
 
-def _transformer() -> Subject:
+def _bert() -> Any:
+    """A sequence classifier built from its configuration: nothing is downloaded."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -272,12 +273,46 @@ def _transformer() -> Subject:
         max_position_embeddings=6,
         num_labels=3,
     )
-    model = _seeded(lambda: BertForSequenceClassification(config)).eval()
+    return _seeded(lambda: BertForSequenceClassification(config)).eval()
+
+
+def _pipeline_of(model: nn.Module) -> nn.Module:
+    """The model as mlflow.transformers gives it back, logged as a pipeline's components."""
+    import logging
+
+    import mlflow.transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging as bars
+
+    from flataudit.models.registry import load_model, resolve
+    from flataudit.store import scratch_folder
+
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
+    bars.disable_progress_bar()
+    words = Tokenizer(WordLevel({"[UNK]": 0, "word": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    folder = Path(scratch_folder()) / "model"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.transformers.save_model(
+            {"model": model, "tokenizer": tokenizer},
+            str(folder),
+            task="text-classification",
+            pip_requirements=["transformers"],
+        )
+        found: nn.Module = load_model(resolve(str(folder)))
+    return found
+
+
+def _transformer(logged: Callable[[nn.Module], nn.Module]) -> Subject:
+    model = _bert()
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(1, 11, (10, 5), generator=generator)
     mask = (torch.arange(5) < torch.randint(2, 6, (10, 1), generator=generator)).long()
     x, y = {"input_ids": ids, "attention_mask": mask}, torch.arange(10) % 3
-    found = _logged(model, serialization_format="pickle")
+    found = logged(model)
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -373,7 +408,16 @@ TORCH = (
     Row("pt2 export: Conv2d", "argument", lambda: _exported("convolutions")),
     Row("pt2 export: Dropout", "argument", lambda: _exported("dropout")),
     Row("Lightning module, logged by mlflow.pytorch", "argument", _lightning),
-    Row("transformers sequence classifier, logged by mlflow.pytorch", "argument", _transformer),
+    Row(
+        "transformers sequence classifier, logged by mlflow.pytorch",
+        "argument",
+        lambda: _transformer(lambda model: _logged(model, serialization_format="pickle")),
+    ),
+    Row(
+        "transformers sequence classifier, logged by mlflow.transformers",
+        "argument",
+        lambda: _transformer(_pipeline_of),
+    ),
     Row("trained by SGD(weight_decay=w)", "w", lambda: _to_the_optimum("SGD", "nll")),
     Row("trained by Adam(weight_decay=w)", "w", lambda: _to_the_optimum("Adam", "nll")),
     Row(
@@ -479,7 +523,6 @@ REFUSED = (
     Refused("an unfitted estimator", "call fit first", _attempt(LogisticRegression())),
     Refused("xgboost flavor", "no gradient", lambda: refuse_flavor("xgboost")),
     Refused("lightgbm flavor", "no gradient", lambda: refuse_flavor("lightgbm")),
-    Refused("mlflow.transformers flavor", "tokenizer", lambda: refuse_flavor("transformers")),
     Refused("onnx flavor", "onnx", lambda: refuse_flavor("onnx")),
     Refused("TorchScript", "TorchScript", lambda: _attempt(_scripted())()),
     Refused("pt2 exported in training mode", "eval mode", lambda: _attempt(_training_export())()),

@@ -16,10 +16,6 @@ from flataudit.errors import InputError
 from flataudit.models.sklearn_penalty import PENALTIES
 
 SUPPORTED = ", ".join(PENALTIES)
-_WHY = {
-    "transformers": "a pipeline, whose tokenizer and files need the transformers library; log the"
-    " pipeline's model with mlflow.pytorch.log_model and give its token ids and mask by name",
-}
 _TREE_FLAVORS = ("xgboost", "lightgbm", "catboost", "h2o")
 _NO_GRADIENT = "a tree ensemble has no gradient"
 # Why flatness is undefined, by the class's name; the first that matches.
@@ -73,14 +69,12 @@ _UNSUPPORTED = (
 
 
 def refuse_flavor(flavor: str) -> NoReturn:
-    """Raises InputError: neither pytorch nor sklearn, and why that cannot be audited."""
+    """Raises InputError: a flavor that holds no network or estimator, and what to log instead."""
     if flavor in _TREE_FLAVORS:
         raise InputError(_undefined(f"a model of the {flavor} flavor", _NO_GRADIENT))
-    if flavor in _WHY:
-        raise InputError(f"expected a model of the pytorch flavor, got {flavor}, {_WHY[flavor]}")
     raise InputError(
-        f"expected a model of the pytorch or sklearn flavor, got {flavor}; log the network itself"
-        " with mlflow.pytorch.log_model"
+        f"expected a model of the pytorch, sklearn or transformers flavor, got {flavor}; log the"
+        " network itself with mlflow.pytorch.log_model"
     )
 
 

@@ -71,9 +71,13 @@ def load_model(source: ModelSource) -> Any:
     folder = local_folder(source)
     if source.flavor == "sklearn":
         refuse_files(folder)
-    elif source.flavor != "pytorch":
+    elif source.flavor not in ("pytorch", "transformers"):
         refuse_flavor(source.flavor)
     _forget_modules(folder)
+    if source.flavor == "transformers":
+        from flataudit.models.transformers import load_classifier
+
+        return load_classifier(folder, source.uri)
     import mlflow.pytorch
     import mlflow.sklearn
 
