@@ -38,10 +38,10 @@ def merge_description(old: str | None, block: str) -> str:
     return f"{text}\n\n{ours}" if text else ours
 
 
-def plain(text: str) -> str:
+def markdown_text(text: str) -> str:
     """One line of text that Markdown and the HTML in it leave as it is.
 
-    >>> plain("got [a](b) <script>")
+    >>> markdown_text("got [a](b) <script>")
     'got \\\\[a\\\\]\\\\(b\\\\) &lt;script&gt;'
     """
     line = printable(" ".join(text.split()))

@@ -21,7 +21,7 @@ from flataudit.errors import DeadlineError, FlatauditError, InputError
 from flataudit.models.registry import resolve
 from flataudit.report import terminal
 from flataudit.stages import run_audit
-from flataudit.versions import BEGIN, END, plain
+from flataudit.versions import BEGIN, END, markdown_text
 from tests.mlflow_store import make_store
 from tests.mlflow_store import tracking as pointed_at
 from tests.sklearn_cases import RNG, TIGHT
@@ -153,7 +153,7 @@ def test_a_failure_s_words_are_escaped_in_the_description(audited, kind):
 
 def test_plain_text_reads_the_same_once_rendered():
     text = "a_b * 2 [x](y) <b> & 100 % \\ `c`"
-    shown = re.sub(r"\\([\\`*_{}\[\]()#+!|~$])", r"\1", plain(text))
+    shown = re.sub(r"\\([\\`*_{}\[\]()#+!|~$])", r"\1", markdown_text(text))
     assert html.unescape(shown) == text
 
 

@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
@@ -28,6 +31,7 @@ from sklearn.linear_model import (
     LinearRegression,
     LogisticRegression,
     LogisticRegressionCV,
+    PoissonRegressor,
     Ridge,
     RidgeClassifier,
     RidgeCV,
@@ -66,6 +70,7 @@ from tests.sklearn_cases import (
     refused,
     stopped,
 )
+from tests.test_properties import audited
 
 
 def own_predictions(estimator, x):
@@ -405,3 +410,46 @@ def test_classes_derived_from_an_estimator():
     plain = flataudit.audit(fitted("logistic_lbfgs_softmax"), (X, THREE))
     same_report(flataudit.audit(Renamed(C=0.3, **TIGHT).fit(X, THREE), (X, THREE)), plain)
     assert "predictions off by" in refused(Shifted().fit(X, THREE))
+
+
+# --- any data -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 30),
+    width=st.integers(1, 5),
+    kind=st.sampled_from(["logistic", "binary", "ridge", "poisson", "least_squares"]),
+    scale=st.sampled_from([1e-8, 1.0, 1e4]),
+    strength=st.sampled_from([1e-6, 1.0, 1e6]),
+    dtype=st.sampled_from(["float32", "float64"]),
+    constant=st.booleans(),
+    doubled=st.booleans(),
+)
+def test_any_data_give_numbers_or_a_named_error(
+    seed, n, width, kind, scale, strength, dtype, constant, doubled
+):
+    """n below P, constant columns, doubled rows, extreme scales and penalties."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, width)) * scale).astype(dtype)
+    if constant:
+        x[:, 0] = 1.0
+    if doubled:
+        x = np.concatenate([x, x])
+    y = rng.integers(0, 3, len(x))
+    estimator = {
+        "logistic": LogisticRegression(C=strength),
+        "binary": LogisticRegression(C=strength, solver="newton-cholesky"),
+        "ridge": Ridge(alpha=strength),
+        "poisson": PoissonRegressor(alpha=strength),
+        "least_squares": LinearRegression(),
+    }[kind]
+    y = y > 0 if kind == "binary" else y if kind in ("logistic", "poisson") else y + 0.5
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            estimator.fit(x, y)
+    except (ValueError, np.linalg.LinAlgError):  # one class alone: nothing was fitted
+        return
+    audited(estimator, (x, y), heldout=(x[:2], y[:2]))
