@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help python install demo test pytest lint format types contracts bench lock clean
+.PHONY: help python install demo test pytest lint format types contracts matrix bench lock clean
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ types: install  ## mypy, strict
 
 contracts: install  ## import-linter: who may import whom
 	$(BIN)/lint-imports
+
+matrix: install  ## measure docs/matrix.md anew: every kind of model against the definitions
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix
 
 bench: install  ## the benchmarks; their results are JSON files in benchmarks/
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python "$$file"; done

@@ -1,8 +1,9 @@
 """The data of an audit by name: npz, csv, parquet, module:function, or what MLflow logged.
 
 Arrays keep their dtype, except that the features of a table become float64 (for token ids, which
-must stay integers, use an npz file). Class labels may be text (`flataudit.labels`). MLflow and
-pandas are imported only where they are needed.
+must stay integers, use an npz file); for a scikit-learn model they stay a table, whose columns its
+transformers know by name. Class labels may be text (`flataudit.labels`). MLflow and pandas are
+imported only where they are needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
     from flataudit.models.registry import ModelSource
 
 FORMS = "a .npz, .csv or .parquet file, module:function, or mlflow"
+SUFFIXES = (".npz", ".csv", ".parquet")
 CONTEXTS = ("training", "train")  # ours, and the one of MLflow's autologging
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 Array = NDArray[Any]
-Features = Array | dict[str, Array] | tuple[Array, ...]  # one input, several by name, by position
+# One input, several by name, several by position, the table of a scikit-learn model.
+Features: TypeAlias = "Array | dict[str, Array] | tuple[Array, ...] | pd.DataFrame"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +70,13 @@ def load_data(
     """The data that `spec` names.
 
     Args:
-        spec: A `.npz` file with arrays x and y, or y and several inputs by the names of forward's
-            parameters; a `.csv` or `.parquet` file, with `target`; `module:function`, which
-            returns (x, y), x an array, a dict or a tuple of arrays; or `mlflow`: the dataset that
-            the model's source run logged with the context "training" (tags `target` and `sha256`
-            are used).
+        spec: A `.npz` file with arrays x and y, y and one array of any name, or y and several
+            inputs by the names of forward's parameters; a `.csv` or `.parquet` file, with `target`;
+            `module:function`, which returns (x, y), x an array, a dict or a tuple of arrays; or
+            `mlflow`: the dataset that the model's source run logged with the context "training"
+            (tags `target` and `sha256` are used).
         target: The name of the target column of a table.
-        source: The model, for `mlflow`.
+        source: The model, for `mlflow` and for whether its transformers take a table.
 
     Raises:
         InputError: whatever is missing, empty or not numeric, in one line.
@@ -82,8 +85,9 @@ def load_data(
     if spec == "mlflow":
         return _from_mlflow(source, target)
     path = Path(spec).expanduser()
-    if path.suffix.lower() in (".npz", ".csv", ".parquet"):
-        x, y = _from_file(path, target)
+    as_table = source is not None and source.flavor == "sklearn"
+    if path.suffix.lower() in SUFFIXES:
+        x, y = _from_file(path, target, as_table)
         return Dataset(x, y, str(path.absolute()))
     if _FUNCTION.fullmatch(spec):
         x, y = _from_function(spec)
@@ -168,15 +172,44 @@ def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
             f"expected to load the dataset {name!r} of run {source.run_id} from"
             f" {_uri_of(item)}, got: {one_line(error)}; give the file with --train"
         ) from error
-    if not isinstance(found, str | Path):
-        raise InputError(
-            f"expected the dataset {name!r} to load as a file, got {type(found).__name__} from a"
-            f" {item.dataset.source_type} source; give a file with --train"
-        )
-    x, y = _from_file(Path(found), target or input_tag(item, "target"))
+    target = target or input_tag(item, "target")
+    as_table = source.flavor == "sklearn"
+    if isinstance(found, str | Path):
+        x, y = _from_file(_single_file(Path(found)), target, as_table)
+    else:
+        x, y = _from_table(_as_frame(found, item), target, f"the dataset {name!r}", as_table)
     return Dataset(
         x, y, f"mlflow: dataset {name} of run {source.run_id}", input_tag(item, "sha256")
     )
+
+
+def _single_file(path: Path) -> Path:
+    """The one data file in a folder that a source downloaded; a file itself."""
+    inside = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES]
+    return inside[0] if path.is_dir() and len(inside) == 1 else path
+
+
+def _as_frame(found: Any, item: DatasetInput) -> pd.DataFrame:
+    """What the sources of tables load (Hugging Face, Delta, Spark), as a table of pandas."""
+    import pandas as pd
+
+    name = item.dataset.name
+    for method in ("to_pandas", "toPandas"):
+        if hasattr(found, method):
+            try:
+                found = getattr(found, method)()
+            except Exception as error:  # whatever that library raises
+                raise InputError(
+                    f"expected the dataset {name!r} as a table, got: {one_line(error)}; give a"
+                    " file with --train"
+                ) from error
+    if not isinstance(found, pd.DataFrame):
+        raise InputError(
+            f"expected the dataset {name!r} to load as a file or a table, got"
+            f" {type(found).__name__} from a {item.dataset.source_type} source; give a file with"
+            " --train"
+        )
+    return found
 
 
 def _uri_of(item: DatasetInput) -> str:
@@ -192,9 +225,9 @@ def _is_local(item: DatasetInput) -> bool:
     return uri.startswith("file:") or re.match(r"[a-z][a-z0-9+.-]+:", uri) is None
 
 
-def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
+def _from_file(path: Path, target: str | None, as_table: bool) -> tuple[Features, Array]:
     suffix = path.suffix.lower()
-    if suffix not in (".npz", ".csv", ".parquet"):
+    if suffix not in SUFFIXES:
         raise InputError(
             f"expected a .npz, .csv or .parquet file, got {path}; convert it to one of these"
         )
@@ -204,7 +237,7 @@ def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
     if suffix == ".npz":
         return _from_npz(path)
-    return _from_table(_read_table(path), target, path)
+    return _from_table(_read_table(path), target, str(path), as_table)
 
 
 def _from_npz(path: Path) -> tuple[Features, Array]:
@@ -215,10 +248,11 @@ def _from_npz(path: Path) -> tuple[Features, Array]:
             if isinstance(archive, np.ndarray):
                 raise InputError(f"expected arrays x and y in {path}, got one array; {remedy}")
             missing = [name for name in ("x", "y") if name not in archive.files]
-            if missing == ["x"] and len(archive.files) > 2:
+            if missing == ["x"] and len(archive.files) > 1:
                 named = {name: archive[name] for name in archive.files}
                 y = named.pop("y")
-                return named, y
+                # One array is the model's one input, whatever it is called.
+                return (named if len(named) > 1 else next(iter(named.values()))), y
             if missing:
                 raise InputError(
                     f"expected arrays x and y in {path}, got {', '.join(archive.files) or 'none'};"
@@ -245,7 +279,9 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Array, Array]:
+def _from_table(
+    frame: pd.DataFrame, target: str | None, path: str, as_table: bool
+) -> tuple[Features, Array]:
     from pandas.api.types import is_numeric_dtype
 
     names = [str(name) for name in frame.columns]
@@ -260,13 +296,16 @@ def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Ar
             f"expected rows and feature columns in {path}, got {len(frame)} rows and"
             f" {len(names) - 1} features; write it again"
         )
+    x: Features
     text = [name for name in names if name != target and not is_numeric_dtype(frame[name].dtype)]
-    if text:
+    if text and not as_table:
         raise InputError(
             f"expected numbers in {path}, got text or dates in {_few(text)}; encode these columns"
             " as the model's training did, or drop them"
         )
-    x = frame.drop(columns=target).to_numpy(dtype=np.float64, na_value=np.nan)
+    x = frame.drop(columns=target)
+    if not as_table:
+        x = x.to_numpy(dtype=np.float64, na_value=np.nan)
     column = frame[target]
     if column.isna().any():
         raise InputError(

@@ -5,11 +5,28 @@ Every message is one line that says what was expected, what was found and what t
 
 from __future__ import annotations
 
+import re
+
+# Control characters, and those that turn the direction of what follows.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 
 class FlatauditError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 3
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(line: str) -> str:
+    """A line that a terminal can only show: control characters of names become their codes.
+
+    >>> print(printable("model \x1b[31mred"))
+    model \\x1b[31mred
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
 class InputError(FlatauditError, ValueError):

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from flataudit.data import Dataset, digest_of
+from flataudit.errors import InputError
 from flataudit.store import store_errors
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def data_warnings(report: Json, train: Dataset, source: ModelSource) -> list[Jso
         StoreError: the source run cannot be read.
     """
     found = []
-    if train.tag_sha256 is not None and train.tag_sha256 != digest_of(*train.pair):
+    if train.tag_sha256 is not None and train.tag_sha256 != _digest(train):
         found.append(
             "the sha256 of the training data differs from the one logged with it: they have changed"
             " since training; audit the data that the model was trained on"
@@ -44,6 +45,14 @@ def data_warnings(report: Json, train: Dataset, source: ModelSource) -> list[Jso
             " this version is an earlier checkpoint; audit the data that it was trained on"
         )
     return [{"code": "data_mismatch", "severity": "high", "message": message} for message in found]
+
+
+def _digest(train: Dataset) -> str | None:
+    """The data's sha256; of a table with text, which has none, the tag's own."""
+    try:
+        return digest_of(*train.pair)
+    except InputError:
+        return train.tag_sha256
 
 
 def logged_loss(source: ModelSource) -> tuple[str, float] | None:

@@ -1,4 +1,4 @@
-"""The training record that a run's params and learning rate metric allow.
+"""The training record that a run's params, learning rate metric and optimizer state allow.
 
 Read are the names of mlflow.pytorch.autolog (Lightning), of transformers' Trainer and the usual
 ones of plain log_params. What is filled in rather than read is listed in the record's
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flataudit.errors import InputError
+from flataudit.optimizer_state import OptimizerState
 from flataudit.training import LOSSES, SCHEDULES, TrainingRecord, parse_training
 
 _NAMES = {
@@ -30,6 +31,7 @@ _NAMES = {
     "loss": ("loss",),
     "epochs": ("epochs", "max_epochs", "num_epochs", "n_epochs", "num_train_epochs"),
     "accumulated": ("gradient_accumulation_steps", "accumulate_grad_batches"),
+    "smoothing": ("label_smoothing_factor", "label_smoothing"),
     "clip": ("max_grad_norm", "gradient_clip_val", "clip_grad_norm", "grad_clip"),
 }
 _ABSENT = ("", "none", "null", "-1", "-1.0")
@@ -57,23 +59,35 @@ _MEANS = {
 _NOT_DECAYED = ("*bias", "*[Ll]ayer[Nn]orm*", "*layer_norm*", "*[Rr][Mm][Ss][Nn]orm*")
 
 
+_UNNAMED = (
+    "several parameter groups without their names; write the record with"
+    " flataudit.log_training(..., model=model)"
+)
+
+
 class _UnknownError(ValueError):
     """The run says too little, or something that has no training time known to us."""
 
 
 def training_from_run(
-    params: Mapping[str, Any], lr_history: Sequence[float], n_samples: int
+    params: Mapping[str, Any],
+    lr_history: Sequence[float],
+    n_samples: int,
+    state: OptimizerState | None = None,
 ) -> tuple[TrainingRecord | None, str]:
     """The record that a run's logged params and lr metric allow, or None; and the reason.
 
     lr_history: the metric's values in the order of their steps. One value per step: their sum is
     exact. Fewer: the logged schedule where there is one, else they are spread evenly.
+    state: the optimizer's own, which wins over the params.
     """
     found = _read(params)
-    if "optimizer" not in found:
-        return None, "the source run logged no optimizer"
     notes: list[str] = []
     try:
+        if state is not None:
+            found = _with_state(found, state, bool(lr_history), notes)
+        if "optimizer" not in found:
+            return None, "the source run logged no optimizer"
         values = _optimizer(found)
         values |= {
             key: found[key]
@@ -91,11 +105,72 @@ def training_from_run(
             values["schedule"] = schedule
         if lr_history and "sum_lr" not in values:
             _from_history(values, list(lr_history), found, notes)
+        if "batch_size" not in values:
+            _batch_from_steps(values, found, n_samples, notes)
         _defaults(values, found, notes)
+        if state is not None and state.groups:
+            values["groups"] = _groups(values, state, notes)
         values["assumptions"] = tuple(notes)
-        return parse_training(values), "the source run's params and metrics"
+        origin = "params and metrics" if state is None else "optimizer state, params and metrics"
+        return parse_training(values), f"the source run's {origin}"
     except (InputError, ValueError, OverflowError) as error:
         return None, f"the source run's record is incomplete ({' '.join(str(error).split())})"
+
+
+def _with_state(
+    found: dict[str, Any], state: OptimizerState, has_history: bool, notes: list[str]
+) -> dict[str, Any]:
+    """The run's params with what the optimizer itself holds."""
+    if state.groups is None:
+        raise _UnknownError(_UNNAMED)
+    merged: dict[str, Any] = {**found, **state.settings}
+    # A printed optimizer would bring back the settings that the state knows better.
+    text = state.settings.get("optimizer") or str(found.get("optimizer", "")).partition("(")[0]
+    if not text.strip():
+        raise _UnknownError("the optimizer's state does not tell Adam from AdamW: log its name")
+    merged["optimizer"] = text
+    if state.steps is not None:
+        merged["steps"] = state.steps
+        notes.append(f"steps = {state.steps}, by the optimizer's own count when it was saved")
+    if state.decayed_from is not None and not has_history and "schedule" not in found:
+        raise _UnknownError(
+            f"a scheduler changed the learning rate from {state.decayed_from:g}, in a way that was"
+            " not logged: log the scheduler, or the lr metric at every step"
+        )
+    return merged
+
+
+def _batch_from_steps(
+    values: dict[str, Any], found: Mapping[str, Any], n_samples: int, notes: list[str]
+) -> None:
+    """The batch size that steps and epochs allow: n over the steps of an epoch, rounded up."""
+    steps, epochs = values.get("steps"), found.get("epochs_run", found.get("epochs"))
+    if steps is None or epochs is None or not 0 < float(epochs) <= float(steps):
+        return
+    batch = math.ceil(n_samples * float(epochs) / float(steps))
+    values["batch_size"] = batch
+    notes.append(
+        f"batch_size = {batch}: {float(steps):g} steps in {float(epochs):g} epochs of {n_samples}"
+        " samples"
+    )
+
+
+def _groups(
+    values: Mapping[str, Any], state: OptimizerState, notes: list[str]
+) -> list[dict[str, Any]]:
+    """The state's groups; where only the sum of the learning rates is known, in its proportion."""
+    found = [dict(group) for group in state.groups or ()]
+    first = float(state.settings["lr"])
+    for group in found:
+        share = group["lr"] / first if first else 1.0
+        if "sum_lr" in values:
+            group.pop("lr")
+            group["sum_lr"] = share * float(values["sum_lr"])
+            if share != 1.0:
+                notes.append("groups keep the proportion of their learning rates throughout")
+        elif share == 1.0:
+            group.pop("lr")
+    return found
 
 
 def _read(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,10 +200,7 @@ def _optimizer(found: Mapping[str, Any]) -> dict[str, Any]:
             raise _UnknownError(f"training time with {option} is not known")
     values: dict[str, Any] = {"optimizer": _OPTIMIZERS.get(name, name)}
     if "parameter group 1" in text.lower():
-        raise _UnknownError(
-            "several parameter groups without their names; write the record with"
-            " flataudit.log_training(..., model=model)"
-        )
+        raise _UnknownError(_UNNAMED)
     for key in ("lr", "momentum", "dampening", "weight_decay"):
         printed = re.search(rf"(?<!\w){key}[:=]\s*([-+.\deE]+)", text)
         if printed:
@@ -282,6 +354,11 @@ def _defaults(values: dict[str, Any], found: Mapping[str, Any], notes: list[str]
             notes.append(f"{key} = 0: none was logged")
     if sgd and "nesterov" in found:
         notes.append("Nesterov momentum counts as momentum")
+    if float(found.get("smoothing", 0)) > 0:
+        notes.append(
+            f"label smoothing (of {found['smoothing']}) is not counted: the loss is taken as the"
+            " NLL"
+        )
     if float(found.get("clip", 0)) > 0:
         notes.append(f"clipping of the gradient (at {found['clip']}) is not counted")
     if found.get("transformers") and float(values.get("weight_decay", 0)) > 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
 from flataudit.training import TRAINING_ARTIFACT
-from flataudit.versions import set_verdict
+from flataudit.versions import markdown_text, set_verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -179,7 +180,7 @@ def log_error(
         with _audit_run(source, options, experiment) as (client, run_id, link):
             client.log_dict(run_id, found, f"{ARTIFACTS}/error.json")
             tags = {**_bound_to(source, run_id), VERDICT: "error"}
-            block = f"**flataudit: error.** The audit failed: {error}"
+            block = f"**flataudit: error.** The audit failed: {markdown_text(error)}"
             _set_run_tags(client, run_id, tags | {"mlflow.note.content": block})
             client.set_terminated(run_id, "FAILED")
             model_id = _logged_model_id(client, source)
@@ -205,6 +206,11 @@ def log_training_data(
     """
     import numpy as np
 
+    if not re.fullmatch(r"\w[\w .=-]*", name):
+        raise InputError(
+            f"expected a name of letters, digits, spaces, points and dashes for the file, got"
+            f" {name!r}; choose another"
+        )
     sha = digest_of(x, y)
     labels = text_labels(y)
     arrays, y = _npz_arrays(x), np.asarray(y) if labels is None else labels

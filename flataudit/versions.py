@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from flataudit.errors import printable
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -34,6 +36,20 @@ def merge_description(old: str | None, block: str) -> str:
         return _unmarked(first) + ours + "".join(others)
     text = _unmarked(first).rstrip()
     return f"{text}\n\n{ours}" if text else ours
+
+
+def markdown_text(text: str) -> str:
+    """One line of text that Markdown and the HTML in it leave as it is.
+
+    >>> markdown_text("got [a](b) <script>")
+    'got \\\\[a\\\\]\\\\(b\\\\) &lt;script&gt;'
+    """
+    line = printable(" ".join(text.split()))
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", line)
+    for character, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        escaped = escaped.replace(character, name)
+    # Bare addresses become links by themselves.
+    return re.sub(r"(?i)\b(https?|ftp|www)([:.])", r"\1&#8203;\2", escaped)
 
 
 def set_verdict(

@@ -210,6 +210,12 @@ LAYER_CASES = (
         _labels,
     ),
     Case(
+        "transposed_3d",
+        lambda: _flattened(nn.ConvTranspose3d(1, 2, 2, stride=2), nn.Tanh(), width=128),
+        lambda: torch.randn(8, 1, 2, 2, 2),
+        _labels,
+    ),
+    Case(
         "rnn",
         lambda: Recurring(nn.RNN(3, 3, batch_first=True)),
         lambda: torch.randn(8, 4, 3),

@@ -10,8 +10,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import (
     LinearRegression,
     LogisticRegression,
+    LogisticRegressionCV,
     PoissonRegressor,
     Ridge,
+    RidgeCV,
     SGDClassifier,
 )
 from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -31,27 +33,40 @@ COUNTS = RNG.poisson(np.exp(0.4 * X[:, 0] - 0.3))
 X_HELD = RNG.normal(size=(40, 4))
 
 TIGHT = {"tol": 1e-12, "max_iter": 10_000}
+CV = {"l1_ratios": (0.0,), "use_legacy_attributes": False, "scoring": "neg_log_loss", "cv": 3}
 LBFGS = {"solver": "lbfgs", "tol": 1e-15, "max_iter": 20_000, "max_fun": 10**6, "random_state": 0}
 SMALL = {"hidden_layer_sizes": (4,), "alpha": 1.5}
 
 # name: estimator, target, family, D by the mean loss (squared errors: times the dispersion s2) on
 # weights and on intercepts, and the tolerance |grad J| / |grad NLL| that its optimizer reaches.
+SOLVERS = {
+    f"logistic_{solver}_{kind}": (
+        LogisticRegression(C=0.3, solver=solver, random_state=0, **TIGHT),
+        y,
+        family,
+        1 / (0.3 * N),
+        0,
+        1e-5,
+    )
+    for solver in ("lbfgs", "newton-cg", "newton-cholesky", "sag", "saga")
+    for kind, y, family in (("softmax", THREE, "categorical"), ("binary", TWO, "bernoulli"))
+}
 CASES = {
-    "logistic": (LogisticRegression(C=0.3, **TIGHT), THREE, "categorical", 1 / (0.3 * N), 0, 1e-5),
-    "logistic_newton": (
-        LogisticRegression(C=0.3, solver="newton-cholesky", **TIGHT),
+    **SOLVERS,
+    "logistic_cv": (
+        LogisticRegressionCV(Cs=[0.02], solver="newton-cholesky", **CV, **TIGHT),
         THREE,
         "categorical",
-        1 / (0.3 * N),
+        1 / (0.02 * N),
         0,
         1e-8,
     ),
-    "logistic_binary": (
-        LogisticRegression(C=2.0, solver="newton-cg", **TIGHT),
+    "logistic_cv_liblinear": (
+        LogisticRegressionCV(Cs=[0.2], solver="liblinear", intercept_scaling=2.0, **CV, **TIGHT),
         TWO,
         "bernoulli",
-        1 / (2.0 * N),
-        0,
+        1 / (0.2 * N),
+        1 / (0.2 * N),
         1e-5,
     ),
     "logistic_free": (
@@ -80,6 +95,7 @@ CASES = {
     ),
     "ridge": (Ridge(alpha=7.0), REAL, "gaussian", 7.0 / N, 0, 1e-10),
     "ridge_two_outputs": (Ridge(alpha=7.0), PAIR, "gaussian", 7.0 / N, 0, 1e-10),
+    "ridge_cv": (RidgeCV(alphas=[7.0]), REAL, "gaussian", 7.0 / N, 0, 1e-10),
     "least_squares": (LinearRegression(), REAL, "gaussian", 0, 0, None),
     "least_squares_origin": (LinearRegression(fit_intercept=False), PAIR, "gaussian", 0, 0, None),
     "poisson": (PoissonRegressor(alpha=0.2, **TIGHT), COUNTS, "poisson", 0.2, 0, 1e-5),

@@ -1,10 +1,16 @@
 import itertools
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.dataset_source_registry import register_dataset_source
+from mlflow.data.http_dataset_source import HTTPDatasetSource
 
 from flataudit.data import digest_of, load_data
 from flataudit.errors import InputError
@@ -89,7 +95,7 @@ BAD = {
     "empty.csv": ("y", "got an empty file"),
     "broken.npz": (None, "expected a numpy .npz file"),
     "one_array.npz": (None, "got one array"),
-    "names.npz": (None, "got a, y; add x"),
+    "names.npz": (None, "got a, b; add x and y"),
     "objects.npz": (None, "without pickled objects"),
     "broken.parquet": ("y", "expected a table in broken.parquet, got: "),
     "good.csv": (None, "got no --target; choose from: a, b, label"),
@@ -111,7 +117,7 @@ def test_bad_data_is_one_line_of_input_error(folder, spec):
     (folder / "broken.parquet").write_bytes(b"not a parquet file")
     np.save("array.npy", X)
     (folder / "array.npy").rename("one_array.npz")
-    np.savez("names.npz", a=X, y=Y)
+    np.savez("names.npz", a=X, b=Y)
     np.savez("objects.npz", x=np.array([{}, {}]), y=Y, allow_pickle=True)
     (folder / "text.csv").write_text("city,y\nRome,1\nOslo,0\n")
     (folder / "header.csv").write_text("a,y\n")
@@ -143,7 +149,10 @@ def test_npz_with_named_inputs(folder):
     assert list(data.x) == ["ids", "mask"]
     assert (data.x["ids"].dtype, data.x["mask"].dtype) == (np.int64, np.bool_)
     np.testing.assert_array_equal(data.y, Y)
-    # Without x there must be several arrays: one that is misnamed stays an error (`BAD`).
+    # One array beside y is the model's one input, whatever it is called: it goes by position.
+    np.savez("one.npz", features=X, y=Y)
+    np.testing.assert_array_equal(load_data("one.npz").x, X)
+    assert digest_of(*load_data("one.npz").pair) == digest_of(X, Y)
     np.savez("both.npz", x=X, ids=IDS, y=Y)
     np.testing.assert_array_equal(load_data("both.npz").x, X)
 
@@ -250,3 +259,96 @@ def test_mlflow_that_cannot_be_loaded(folder, run_with, store):
             load_data("mlflow", source=source)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def address(folder, monkeypatch):
+    """The address of a server over the folder's files."""
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_mlflow_data_from_an_address(run_with, address):
+    table = run_with(HTTPDatasetSource(f"{address}/good.csv"), tags={"target": "label"})
+    assert load_data("mlflow", source=table).y.tolist() == [0, 1, 1]
+    archive = run_with(HTTPDatasetSource(f"{address}/good.npz"))
+    np.testing.assert_array_equal(load_data("mlflow", source=archive).x, X)
+    gone = run_with(HTTPDatasetSource(f"{address}/gone.npz"))
+    with pytest.raises(InputError, match=r"to load the dataset .* got: .*404"):
+        load_data("mlflow", source=gone)
+
+
+def test_mlflow_data_in_a_folder(folder, run_with):
+    (folder / "one").mkdir()
+    (folder / "good.csv").rename(folder / "one" / "part.csv")
+    found = load_data("mlflow", source=run_with(str(folder / "one")), target="label")
+    assert found.y.tolist() == [0, 1, 1]
+    with pytest.raises(InputError, match=r"expected a .npz, .csv or .parquet file"):
+        load_data("mlflow", source=run_with(str(folder)), target="label")
+
+
+class Loaded:
+    """What a source of tables loads: Hugging Face has to_pandas, Spark toPandas."""
+
+    def __init__(self, kind):
+        frame = pd.DataFrame({"a": [1, 2, 3], "label": ["no", "yes", "yes"]})
+        made = {"to_pandas": lambda: frame, "toPandas": lambda: frame, "fails": self.fails}
+        if kind != "object":
+            setattr(self, kind if kind != "fails" else "to_pandas", made[kind])
+
+    def fails(self):
+        raise RuntimeError("no session\nat all")
+
+
+class TableSource(DatasetSource):
+    """A source of MLflow's plugin interface that loads an object, not a file."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    @staticmethod
+    def _get_source_type():
+        return "table_of_a_test"
+
+    def load(self, **kwargs):
+        return Loaded(self.kind)
+
+    @staticmethod
+    def _can_resolve(raw_source):
+        return False
+
+    @classmethod
+    def _resolve(cls, raw_source):
+        raise NotImplementedError
+
+    def to_dict(self):
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_dict(cls, source_dict):
+        return cls(source_dict["kind"])
+
+
+def test_mlflow_data_that_load_as_tables(run_with):
+    register_dataset_source(TableSource)
+    for kind in ("to_pandas", "toPandas"):
+        found = load_data("mlflow", source=run_with(TableSource(kind)), target="label")
+        assert found.x.tolist() == [[1.0], [2.0], [3.0]]
+        assert found.y.tolist() == ["no", "yes", "yes"]
+    for kind, message in {
+        "object": "got Loaded from a table_of_a_test source",
+        "fails": "as a table, got: no session;",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            load_data("mlflow", source=run_with(TableSource(kind)), target="label")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="column of the dataset"):
+        load_data("mlflow", source=run_with(TableSource("to_pandas")))

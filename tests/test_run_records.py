@@ -318,3 +318,18 @@ def test_learning_rates_of_accumulated_batches_are_not_those_of_steps():
     params = SGD | {"batch_size": 4, "accumulate_grad_batches": 2}
     assert "accumulated" in unknown(params, [0.1] * 24)
     assert read(params).batch_size == 8
+
+
+def test_the_batch_size_from_steps_and_epochs():
+    """5 epochs in 20 steps are 4 an epoch: 100 samples in batches of 25."""
+    params = {"optimizer": "adamw", "lr": 0.1, "steps": 20, "epochs": 5}
+    record = read(params)
+    assert record.batch_size == 25
+    assert any("batch_size = 25: 20 steps in 5 epochs" in text for text in record.assumptions)
+    assert "batch_size" in unknown(params | {"epochs": 40})
+
+
+def test_label_smoothing_is_told():
+    record = read(TRAINER | {"label_smoothing_factor": "0.1"})
+    assert any("label smoothing (of 0.1)" in text for text in record.assumptions)
+    assert not any("smoothing" in text for text in read(TRAINER).assumptions)

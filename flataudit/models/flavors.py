@@ -16,10 +16,6 @@ from flataudit.errors import InputError
 from flataudit.models.sklearn_penalty import PENALTIES
 
 SUPPORTED = ", ".join(PENALTIES)
-_WHY = {
-    "transformers": "a pipeline, whose tokenizer and files need the transformers library; log the"
-    " pipeline's model with mlflow.pytorch.log_model and give its token ids and mask by name",
-}
 _TREE_FLAVORS = ("xgboost", "lightgbm", "catboost", "h2o")
 _NO_GRADIENT = "a tree ensemble has no gradient"
 # Why flatness is undefined, by the class's name; the first that matches.
@@ -27,26 +23,58 @@ _REASONS = (
     (r"Forest|Tree|Boost|XGB|LGBM", _NO_GRADIENT),
     (r"SV[CRM]$|Perceptron$|PassiveAggressive", "a margin loss is no likelihood"),
     (r"Neighbors|Centroid", "it keeps the training data and has no fitted parameters"),
+    (
+        r"^GaussianProcess|^KernelRidge|^Label(Propagation|Spreading)",
+        "it has one weight per training sample: none can be left out of them",
+    ),
     (r"NB$|DiscriminantAnalysis$", "it fits densities of x, not the minimum of a loss"),
     (r"^CalibratedClassifier", "it averages models of several folds, at no minimum together"),
+    (r"^(Fixed|Tuned)Threshold", "its decisions come from a threshold, not from a likelihood"),
     (r"^Dummy", "it ignores x"),
     (r"^(Stacking|Voting|Bagging)", "several models together are at no minimum of one loss"),
+    (r"^SelfTraining", "it was fitted to labels that it gave itself"),
     (r"^(MultiTask)?(Lasso|ElasticNet|Lars)", "an l1 penalty has no curvature"),
+    (r"^OrthogonalMatchingPursuit", "it chooses features one by one, which no penalty describes"),
     (r"^RidgeClassifier", "squared loss on class labels is no likelihood"),
+    (r"^(Huber|Quantile|RANSAC|TheilSen)", "a robust loss is no likelihood"),
+    (r"^Isotonic", "a step function has no gradient"),
+    (r"^(CCA|PLS)", "it maximises a covariance, not a likelihood"),
     (r"^(OneVsRest|OneVsOne|OutputCode)", "one model per class has no joint likelihood"),
+    (
+        r"^(MultiOutput|RegressorChain|ClassifierChain)",
+        "its models, one per target, share no likelihood",
+    ),
     (r"^TransformedTarget", "its loss is that of transformed targets"),
+    (
+        r"KMeans$|DBSCAN$|^(AffinityPropagation|AgglomerativeClustering|Birch|MeanShift|OPTICS"
+        r"|SpectralClustering|FeatureAgglomeration)|Mixture$",
+        "clusters have no targets to predict",
+    ),
+)
+# Where flatness exists, but no twin of the estimator does: why, and what to use.
+_UNSUPPORTED = (
+    (r"^GammaRegressor", "a Gamma likelihood is none of the families here", "a PoissonRegressor"),
+    (
+        r"^TweedieRegressor",
+        "a Tweedie likelihood is none of the families here",
+        "PoissonRegressor for power=1, Ridge for power=0",
+    ),
+    (r"^SGDRegressor", "where its steps ended is not on record", "Ridge, which has its objective"),
+    (
+        r"^(BayesianRidge|ARDRegression)",
+        "its penalty was chosen by evidence along with the noise",
+        "Ridge with alpha = lambda_/alpha_",
+    ),
 )
 
 
 def refuse_flavor(flavor: str) -> NoReturn:
-    """Raises InputError: neither pytorch nor sklearn, and why that cannot be audited."""
+    """Raises InputError: a flavor that holds no network or estimator, and what to log instead."""
     if flavor in _TREE_FLAVORS:
-        raise InputError(_undefined(f"a {flavor} model", _NO_GRADIENT))
-    if flavor in _WHY:
-        raise InputError(f"expected a model of the pytorch flavor, got {flavor}, {_WHY[flavor]}")
+        raise InputError(_undefined(f"a model of the {flavor} flavor", _NO_GRADIENT))
     raise InputError(
-        f"expected a model of the pytorch or sklearn flavor, got {flavor}; log the network itself"
-        " with mlflow.pytorch.log_model"
+        f"expected a model of the pytorch, sklearn or transformers flavor, got {flavor}; log the"
+        " network itself with mlflow.pytorch.log_model"
     )
 
 
@@ -67,6 +95,12 @@ def refused(name: str) -> InputError:
     reason = refusal(name)
     if reason is not None:
         return InputError(_undefined(f"{name} (scikit-learn)", reason))
+    for pattern, why, instead in _UNSUPPORTED:
+        if re.search(pattern, name):
+            return InputError(
+                f"expected a scikit-learn estimator among {SUPPORTED}, got {name}, which is not"
+                f" supported: {why}; fit {instead}"
+            )
     return InputError(
         f"expected a scikit-learn estimator among {SUPPORTED}, got {name}; audit one of these, or"
         " a PyTorch network"

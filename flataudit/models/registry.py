@@ -1,4 +1,4 @@
-"""A model by its MLflow URI: which version it is, its files, its network, how it was trained.
+"""A model by its MLflow URI: which version it is, its files, its network.
 
 `resolve` reads the store once and returns a plain, JSON-able `ModelSource`; everything else
 starts from that. Models are read in place where their files are local, else downloaded once.
@@ -9,75 +9,29 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote, urlparse
 
 from flataudit.errors import InputError, StoreError
 from flataudit.models.flavors import refuse_files, refuse_flavor
-from flataudit.run_records import training_from_run
+from flataudit.models.source import ModelSource, if_found, open_client
+from flataudit.models.training_run import training_record
 from flataudit.store import one_line, scratch_folder, store_errors
-from flataudit.training import TRAINING_ARTIFACT, TrainingRecord, parse_training
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-Kind = Literal["registry", "logged_model", "run", "folder"]
-T = TypeVar("T")
+__all__ = ["FORMS", "ModelSource", "load_model", "local_folder", "resolve", "training_record"]
 
 FORMS = (
     "models:/name/version, models:/name@alias, models:/m-id, runs:/id/path or the folder of an"
     " MLflow model"
 )
-LR_METRICS = re.compile(r"(train/)?(lr|learning_rate)|lr-(SGD|Adam|AdamW)(/pg\d+)?")
 
-_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _ADDED_BY_DOWNLOAD = "registered_model_meta"  # MLflow writes it into the folder it downloads to
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """One model of one store, found and on this machine.
-
-    uri: with an alias resolved to its version; name, version: of kind registry only; model_id:
-    None for models logged with MLflow 2; run_id: the run that trained it, None where unknown;
-    artifact_sha256: of the model's files, only where there is no model_id.
-    """
-
-    uri: str
-    kind: Kind
-    flavor: str
-    local_path: str
-    name: str | None = None
-    version: str | None = None
-    model_id: str | None = None
-    run_id: str | None = None
-    artifact_sha256: str | None = None
-
-    @property
-    def identity(self) -> str:
-        """What an audit is bound to: model_id, or name, version and sha256 of the files."""
-        if self.model_id is not None:
-            return self.model_id
-        return "/".join(x for x in (self.name, self.version, self.artifact_sha256) if x)
-
-    def report_fields(self) -> dict[str, str | None]:
-        """The fields of `results.ModelInfo` that only the registry knows."""
-        return {
-            name: getattr(self, name) for name in ("uri", "name", "version", "model_id", "flavor")
-        }
-
-    def to_dict(self) -> dict[str, str | None]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
-        """The source that `to_dict` described; unknown keys are ignored."""
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def resolve(uri: str) -> ModelSource:
@@ -117,9 +71,13 @@ def load_model(source: ModelSource) -> Any:
     folder = local_folder(source)
     if source.flavor == "sklearn":
         refuse_files(folder)
-    elif source.flavor != "pytorch":
+    elif source.flavor not in ("pytorch", "transformers"):
         refuse_flavor(source.flavor)
     _forget_modules(folder)
+    if source.flavor == "transformers":
+        from flataudit.models.transformers import load_classifier
+
+        return load_classifier(folder, source.uri)
     import mlflow.pytorch
     import mlflow.sklearn
 
@@ -152,49 +110,6 @@ def load_model(source: ModelSource) -> Any:
     return model
 
 
-def training_record(source: ModelSource, n_samples: int) -> tuple[TrainingRecord | None, str]:
-    """How the model was trained, as its source run tells, and a sentence on where from.
-
-    The run's artifact `flataudit/training.json` is the complete record; else the params and the
-    history of its learning rate metric (`flataudit.run_records.training_from_run`). None, with the
-    reason, where the run is missing or says too little.
-
-    Raises:
-        StoreError: the store cannot be read.
-    """
-    if source.flavor == "sklearn":
-        return None, "the estimator's own settings tell how it was fitted"
-    if source.run_id is None:
-        return None, "the model has no source run"
-    with store_errors(f"read the source run {source.run_id}"):
-        client = _client()
-        run = _found(lambda: client.get_run(str(source.run_id)))
-        if run is None:
-            return None, f"the source run {source.run_id} is not in this store"
-        listed = client.list_artifacts(source.run_id, TRAINING_ARTIFACT.rpartition("/")[0])
-        if any(item.path == TRAINING_ARTIFACT for item in listed):
-            path = client.download_artifacts(source.run_id, TRAINING_ARTIFACT, scratch_folder())
-            try:
-                return parse_training(path), f"{TRAINING_ARTIFACT} of the source run"
-            except InputError as error:
-                return None, f"{TRAINING_ARTIFACT} of the source run is not usable: {error}"
-        names = sorted(filter(LR_METRICS.fullmatch, run.data.metrics), key=len)
-        histories = []
-        for name in names:
-            points = client.get_metric_history(source.run_id, name)
-            ordered = sorted(points, key=lambda m: (m.step, m.timestamp))
-            histories.append([m.value for m in ordered])
-    if any(history != histories[0] for history in histories[1:]):
-        return None, (
-            f"the source run logged several learning rates ({', '.join(names)}); write the record"
-            " with flataudit.log_training(..., model=model)"
-        )
-    params = dict(run.data.params)
-    if run.data.metrics.get("stopped_epoch", 0) > 0:  # MLflow's autolog of early stopping, from 0
-        params["epochs_run"] = str(int(run.data.metrics["stopped_epoch"]) + 1)
-    return training_from_run(params, histories[0] if histories else [], n_samples)
-
-
 def local_folder(source: ModelSource) -> Path:
     """The folder with the model's files; found or downloaded again where it is gone."""
     folder = Path(source.local_path)
@@ -213,9 +128,9 @@ def _from_registry(uri: str) -> ModelSource:
     if not slash:
         name, _, alias = rest.rpartition("@") if "@" in rest else ("", "", "")
     with store_errors(f"look up {uri}"):
-        client = _client()
+        client = open_client()
         if not slash and not alias and re.fullmatch(r"m-\w+", rest):
-            model = _found(lambda: client.get_logged_model(rest))
+            model = if_found(lambda: client.get_logged_model(rest))
             if model is None:
                 raise InputError(
                     f"expected a logged model {rest} in this store, got none; check the id and the"
@@ -235,9 +150,9 @@ def _from_registry(uri: str) -> ModelSource:
         if not name or not (version.isdigit() or alias):
             raise InputError(f"expected a model as {FORMS}, got {uri!r}; check the spelling")
         if alias:
-            entry = _found(lambda: client.get_model_version_by_alias(name, alias))
+            entry = if_found(lambda: client.get_model_version_by_alias(name, alias))
         else:
-            entry = _found(lambda: client.get_model_version(name, version))
+            entry = if_found(lambda: client.get_model_version(name, version))
         if entry is None:
             raise InputError(_no_version(client, name, version, alias))
         return _from_version(client, entry)
@@ -254,7 +169,7 @@ def _from_version(client: MlflowClient, entry: ModelVersion) -> ModelSource:
 
 
 def _no_version(client: MlflowClient, name: str, version: str, alias: str) -> str:
-    model = _found(lambda: client.get_registered_model(name))
+    model = if_found(lambda: client.get_registered_model(name))
     if model is None:
         return (
             f"expected a registered model {name!r}, got none of that name in this store; check the"
@@ -274,8 +189,8 @@ def _from_run(uri: str) -> ModelSource:
     if not run_id or not path:
         raise InputError(f"expected a model as {FORMS}, got {uri!r}; add the path of the model")
     with store_errors(f"look up {uri}"):
-        client = _client()
-        run = _found(lambda: client.get_run(run_id))
+        client = open_client()
+        run = if_found(lambda: client.get_run(run_id))
         if run is None:
             raise InputError(
                 f"expected a run {run_id} in this store, got none; check the id and the tracking"
@@ -360,29 +275,7 @@ def _sha256(folder: Path) -> str:
     return sha.hexdigest()
 
 
-# --- MLflow -------------------------------------------------------------------------------------
-
-
-def _client() -> MlflowClient:
-    """A client of a store that answers: from here on an error is about what was asked for."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient()
-    client.search_experiments(max_results=1)
-    return client
-
-
-def _found(look_up: Callable[[], T]) -> T | None:
-    """What a client call returns, None where MLflow says that it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return look_up()
-    except MlflowException as error:
-        if error.error_code in _MISSING:
-            return None
-        raise
-
+# --- code that comes with a model ----------------------------------------------------------------
 
 _CODE_FOLDERS: list[str] = []
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flataudit.errors import InputError, MemoryPlanError
+from flataudit.labels import few
 from flataudit.memory import available_bytes, human
 from flataudit.models.flavors import refused
 from flataudit.models.sklearn_penalty import PENALTIES
@@ -76,6 +77,9 @@ def as_network(model: Any, train: Any, heldout: Any, family: str) -> Subject:
             f"expected family {found} for {name}, got {family}; leave it to the estimator"
         )
     module = make_twin(final)
+    first = steps[0] if steps else final
+    train, left_out = _known_columns(first, train, "train")
+    heldout, _ = _known_columns(first, heldout, "heldout")
     data = _data(final, steps, train, "train")
     as_pair(data, "train")  # refuses what no audit can use, before anything is predicted
     objective = PENALTIES[name](final, len(data[0]))
@@ -92,7 +96,7 @@ def as_network(model: Any, train: Any, heldout: Any, family: str) -> Subject:
         found,
         _digest(train, data),
         EstimatorPenalty(decay, objective.record),
-        (f"audited as the torch twin of scikit-learn's {name}{after}",),
+        (f"audited as the torch twin of scikit-learn's {name}{after}", *left_out),
     )
 
 
@@ -174,12 +178,12 @@ def _supported_name(estimator: Any) -> str:
                 f"expected two classes for SGDClassifier, got {n_classes}: it fits one model per"
                 " class, not a softmax; use LogisticRegression, or audit each class alone"
             )
-    if name == "LogisticRegression":
+    if name in ("LogisticRegression", "LogisticRegressionCV"):
         mode = getattr(estimator, "multi_class", "auto")
         separate = estimator.solver == "liblinear" or mode == "ovr"
         if (n_classes > 2 and separate) or (n_classes == 2 and mode == "multinomial"):
             raise InputError(
-                f"expected a softmax over {n_classes} classes, got LogisticRegression with"
+                f"expected a softmax over {n_classes} classes, got {name} with"
                 f" solver={estimator.solver!r}, multi_class={mode!r}; refit with solver='lbfgs'"
             )
     if name == "MLPClassifier" and estimator.out_activation_ == "logistic" and _outputs(estimator):
@@ -259,6 +263,27 @@ def _data(estimator: Any, steps: list[Any], pair: Any, name: str) -> tuple[Any, 
         )
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
     return x, (_indices(y, estimator.classes_, name) if hasattr(estimator, "classes_") else y)
+
+
+def _known_columns(first: Any, pair: Any, name: str) -> tuple[Any, tuple[str, ...]]:
+    """The pair with a table's columns as the estimator was fitted to them, and what was left out.
+
+    scikit-learn itself takes the same columns in the same order only.
+    """
+    names = getattr(first, "feature_names_in_", None)
+    x: Any = pair[0] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+    if names is None or not hasattr(x, "columns"):
+        return pair, ()
+    given = [str(column) for column in x.columns]
+    missing = [column for column in names if column not in given]
+    if missing:
+        raise InputError(
+            f"expected a column {missing[0]!r} in {name} x, which the estimator was fitted to, got"
+            f" {few(given)}; give the same features"
+        )
+    others = [column for column in given if column not in names]
+    note = f"columns that the estimator does not know were left out: {few(others)}"
+    return (x[list(names)], pair[1]), ((note,) if others else ())
 
 
 def _dense(x: Any) -> Any:

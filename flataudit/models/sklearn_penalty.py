@@ -44,6 +44,28 @@ def logistic_regression(estimator: Any, n: int) -> Objective:
     return Objective(weight, bias, CONVERGED)
 
 
+def logistic_regression_cv(estimator: Any, n: int) -> Objective:
+    """As LogisticRegression with the C that the folds chose, refitted to all n samples."""
+    _refuse_class_weight(estimator)
+    if not estimator.refit:
+        raise InputError(
+            "expected LogisticRegressionCV with refit=True, got refit=False: averages over folds"
+            " are at no minimum of one loss; refit it"
+        )
+    _refuse_l1(estimator)
+    if np.any([ratio or 0.0 for ratio in np.atleast_1d(getattr(estimator, "l1_ratio_", 0.0))]):
+        raise _l1(estimator)
+    chosen = np.unique(estimator.C_)  # one per class, all the same for a softmax
+    if len(chosen) > 1:
+        raise InputError(
+            f"expected one C for all classes of LogisticRegressionCV, got {len(chosen)}; audit a"
+            " LogisticRegression refitted with one"
+        )
+    weight = 1.0 / (float(chosen[0]) * n)
+    # The refit does not pass intercept_scaling on: 1 there, whatever the estimator says.
+    return Objective(weight, weight if estimator.solver == "liblinear" else 0.0, CONVERGED)
+
+
 def sgd_classifier(estimator: Any, n: int) -> Objective:
     """Mean l_i + alpha |w|^2/2."""
     _refuse_class_weight(estimator)
@@ -56,6 +78,11 @@ def ridge(estimator: Any, n: int) -> Objective:
     """sum_i |y_i - f_i|^2 + alpha |w|^2, so D = alpha/n beside half the mean squared error."""
     _refuse_positive(estimator)
     return Objective(_scalar(estimator, "alpha") / n, 0.0, LEAST_SQUARES)
+
+
+def ridge_cv(estimator: Any, n: int) -> Objective:
+    """As Ridge with the alpha that was chosen, refitted to all n samples."""
+    return Objective(_scalar(estimator, "alpha_") / n, 0.0, LEAST_SQUARES)
 
 
 def linear_regression(estimator: Any, n: int) -> Objective:
@@ -107,8 +134,10 @@ def mlp(estimator: Any, n: int) -> Objective:
 
 PENALTIES: dict[str, Callable[[Any, int], Objective]] = {
     "LogisticRegression": logistic_regression,
+    "LogisticRegressionCV": logistic_regression_cv,
     "SGDClassifier": sgd_classifier,
     "Ridge": ridge,
+    "RidgeCV": ridge_cv,
     "LinearRegression": linear_regression,
     "PoissonRegressor": poisson_regressor,
     "MLPClassifier": mlp,
@@ -178,10 +207,14 @@ def _refuse_l1(estimator: Any) -> None:
     kind = getattr(estimator, "penalty", "l2")
     ratio = getattr(estimator, "l1_ratio", None) or 0.0
     if kind == "l1" or (kind in ("elasticnet", "deprecated") and ratio > 0.0):
-        raise InputError(
-            f"expected an l2 penalty, got {type(estimator).__name__} with an l1 part; it has no"
-            " curvature and sets weights to exactly 0, so no D exists: refit with l2"
-        )
+        raise _l1(estimator)
+
+
+def _l1(estimator: Any) -> InputError:
+    return InputError(
+        f"expected an l2 penalty, got {type(estimator).__name__} with an l1 part; it has no"
+        " curvature and sets weights to exactly 0, so no D exists: refit with l2"
+    )
 
 
 def _refuse_positive(estimator: Any) -> None:

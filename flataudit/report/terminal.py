@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from flataudit.errors import printable
 from flataudit.report import sensitivity, words
 
 WIDTH = 96
@@ -47,7 +48,7 @@ def render(report: dict[str, Any]) -> str:
         lines += textwrap.wrap(
             words.sentence(warning["message"]), WIDTH, initial_indent="  ", subsequent_indent="  "
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _estimates(report: dict[str, Any]) -> str:

@@ -2,27 +2,42 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+)
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
+from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import (
+    BayesianRidge,
+    ElasticNet,
+    GammaRegressor,
     Lasso,
     LinearRegression,
     LogisticRegression,
     LogisticRegressionCV,
+    PoissonRegressor,
     Ridge,
     RidgeClassifier,
+    RidgeCV,
     SGDClassifier,
+    SGDRegressor,
+    TweedieRegressor,
 )
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.naive_bayes import GaussianNB
@@ -32,12 +47,15 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils.discovery import all_estimators
 
 import flataudit
+from flataudit.models.flavors import refused as refused_by_name
 from flataudit.models.sklearn import as_network, make_twin
 from flataudit.models.sklearn_penalty import PENALTIES
 from tests.sklearn_cases import (
     CASES,
+    CV,
     PAIR,
     REAL,
     RNG,
@@ -52,6 +70,7 @@ from tests.sklearn_cases import (
     refused,
     stopped,
 )
+from tests.test_properties import audited
 
 
 def own_predictions(estimator, x):
@@ -108,7 +127,7 @@ def test_weights_in_float32_are_audited_in_float64():
 
 
 def test_an_argument_wins():
-    estimator = fitted("logistic")
+    estimator = fitted("logistic_lbfgs_softmax")
     given = flataudit.audit(estimator, (X, THREE), penalty=0.5).penalty
     assert (given.source, given.value, given.free_params) == ("argument", 0.5, 0)
     text = "optimizer=sgd,sum_lr=100"
@@ -262,6 +281,9 @@ UNDEFINED = {
     "dummy": (DummyClassifier(), "it ignores x"),
     "ridge_classifier": (RidgeClassifier(), "no likelihood"),
     "lasso": (Lasso(), "no curvature"),
+    "elastic_net": (ElasticNet(), "no curvature"),
+    "histograms": (HistGradientBoostingClassifier(max_iter=2), "no gradient"),
+    "gaussian_process": (GaussianProcessClassifier(), "one weight per training sample"),
 }
 
 
@@ -273,6 +295,29 @@ def test_flatness_is_undefined(name):
         assert f"got {type(estimator).__name__} (scikit-learn)" in text
         assert reason in text
         assert "flatness is undefined" in text
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor", "cluster"])
+def test_every_estimator_of_scikit_learn_is_audited_or_refused_with_a_reason(kind):
+    for name, _ in all_estimators(type_filter=kind):
+        if name not in PENALTIES:
+            text = str(refused_by_name(name))
+            assert "flatness is undefined" in text or "which is not supported: " in text, name
+
+
+def test_the_folds_choose_c_and_alpha():
+    choice = LogisticRegressionCV(
+        Cs=[1e-3, 0.1, 10.0], solver="newton-cholesky", **CV, **TIGHT
+    ).fit(X, THREE)
+    found = flataudit.audit(choice, (X, THREE))
+    assert found.penalty.value == pytest.approx(1 / (choice.C_ * N))
+    plain = LogisticRegression(C=choice.C_, solver="newton-cholesky", **TIGHT).fit(X, THREE)
+    same_report(found, flataudit.audit(plain, (X, THREE)))
+    folds = RidgeCV(alphas=[0.1, 3.0, 50.0], cv=4).fit(X, REAL)
+    same_report(
+        flataudit.audit(folds, (X, REAL)),
+        flataudit.audit(Ridge(alpha=folds.alpha_).fit(X, REAL), (X, REAL)),
+    )
 
 
 SETTINGS = {
@@ -298,11 +343,25 @@ SETTINGS = {
         PAIR,
         "its gradient is not that of its loss",
     ),
-    "unknown": (
-        LogisticRegressionCV(l1_ratios=(0.0,), use_legacy_attributes=False, scoring="accuracy"),
+    "averaged": (
+        LogisticRegressionCV(Cs=[1.0], refit=False, **CV),
         TWO,
-        f"{', '.join(PENALTIES)}, got LogisticRegressionCV; audit one",
+        "LogisticRegressionCV with refit=True",
     ),
+    "cv_l1": (
+        LogisticRegressionCV(Cs=[1.0], solver="saga", tol=0.1, **(CV | {"l1_ratios": (0.5,)})),
+        TWO,
+        "an l2 penalty, got LogisticRegressionCV",
+    ),
+    "alpha_per_target": (
+        RidgeCV(alphas=[0.1, 1e4], alpha_per_target=True),
+        PAIR,
+        "one number as alpha_ of RidgeCV, got 2",
+    ),
+    "gamma": (GammaRegressor(), np.exp(REAL), "a Gamma likelihood is none of the families"),
+    "tweedie": (TweedieRegressor(), REAL, "not supported: a Tweedie likelihood"),
+    "sgd_regressor": (SGDRegressor(random_state=0), REAL, "fit Ridge"),
+    "bayesian": (BayesianRidge(), REAL, "Ridge with alpha = lambda_/alpha_"),
 }
 
 
@@ -322,13 +381,15 @@ def test_unfitted(estimator):
 
 def test_data_that_do_not_fit():
     assert "shape (n, 4) for LogisticRegression, got (120, 3)" in refused(
-        fitted("logistic"), X[:, :3]
+        fitted("logistic_lbfgs_softmax"), X[:, :3]
     )
     assert "labels among the estimator's classes 0, 1, 2, got 3" in refused(
-        fitted("logistic"), y=THREE + 1
+        fitted("logistic_lbfgs_softmax"), y=THREE + 1
     )
-    assert "one class label per sample" in refused(fitted("logistic"), y=PAIR)
-    assert "NaN or infinity" in refused(fitted("logistic"), np.where(X > 2, np.nan, X))
+    assert "one class label per sample" in refused(fitted("logistic_lbfgs_softmax"), y=PAIR)
+    assert "NaN or infinity" in refused(
+        fitted("logistic_lbfgs_softmax"), np.where(X > 2, np.nan, X)
+    )
     assert "to be a pair (x, y)" in message(lambda: flataudit.audit(fitted("ridge"), 3))
     text = message(lambda: flataudit.audit(fitted("ridge"), (X, REAL), family="poisson"))
     assert "expected family gaussian for Ridge, got poisson" in text
@@ -346,6 +407,49 @@ class Renamed(LogisticRegression):
 
 
 def test_classes_derived_from_an_estimator():
-    plain = flataudit.audit(fitted("logistic"), (X, THREE))
+    plain = flataudit.audit(fitted("logistic_lbfgs_softmax"), (X, THREE))
     same_report(flataudit.audit(Renamed(C=0.3, **TIGHT).fit(X, THREE), (X, THREE)), plain)
     assert "predictions off by" in refused(Shifted().fit(X, THREE))
+
+
+# --- any data -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 30),
+    width=st.integers(1, 5),
+    kind=st.sampled_from(["logistic", "binary", "ridge", "poisson", "least_squares"]),
+    scale=st.sampled_from([1e-8, 1.0, 1e4]),
+    strength=st.sampled_from([1e-6, 1.0, 1e6]),
+    dtype=st.sampled_from(["float32", "float64"]),
+    constant=st.booleans(),
+    doubled=st.booleans(),
+)
+def test_any_data_give_numbers_or_a_named_error(
+    seed, n, width, kind, scale, strength, dtype, constant, doubled
+):
+    """n below P, constant columns, doubled rows, extreme scales and penalties."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, width)) * scale).astype(dtype)
+    if constant:
+        x[:, 0] = 1.0
+    if doubled:
+        x = np.concatenate([x, x])
+    y = rng.integers(0, 3, len(x))
+    estimator = {
+        "logistic": LogisticRegression(C=strength),
+        "binary": LogisticRegression(C=strength, solver="newton-cholesky"),
+        "ridge": Ridge(alpha=strength),
+        "poisson": PoissonRegressor(alpha=strength),
+        "least_squares": LinearRegression(),
+    }[kind]
+    y = y > 0 if kind == "binary" else y if kind in ("logistic", "poisson") else y + 0.5
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            estimator.fit(x, y)
+    except (ValueError, np.linalg.LinAlgError):  # one class alone: nothing was fitted
+        return
+    audited(estimator, (x, y), heldout=(x[:2], y[:2]))
