@@ -47,13 +47,14 @@ class Dataset:
 
     `tag_sha256` is the tag `sha256` of a dataset logged in MLflow, else None: compare it with
     the report's `data.sha256` (`digest_of`), as MLflow's own digest covers only part of large
-    data.
+    data. `path`: the file, where the data came from one.
     """
 
     x: Features
     y: Array
     origin: str
     tag_sha256: str | None = None
+    path: Path | None = None
 
     @property
     def pair(self) -> tuple[Features, Array]:
@@ -62,7 +63,11 @@ class Dataset:
 
 
 def load_data(
-    spec: str, *, target: str | None = None, source: ModelSource | None = None
+    spec: str,
+    *,
+    target: str | None = None,
+    source: ModelSource | None = None,
+    slices: str | None = None,
 ) -> Dataset:
     """The data that `spec` names.
 
@@ -74,17 +79,19 @@ def load_data(
             are used).
         target: The name of the target column of a table.
         source: The model, for `mlflow`.
+        slices: The column of a table that is no feature if it holds text, or the array of an npz
+            file that is no input (`flataudit.columns`).
 
     Raises:
         InputError: whatever is missing, empty or not numeric, in one line.
         StoreError: MLflow cannot be read.
     """
     if spec == "mlflow":
-        return _from_mlflow(source, target)
+        return _from_mlflow(source, target, slices)
     path = Path(spec).expanduser()
     if path.suffix.lower() in (".npz", ".csv", ".parquet"):
-        x, y = _from_file(path, target)
-        return Dataset(x, y, str(path.absolute()))
+        x, y = _from_file(path, target, slices)
+        return Dataset(x, y, str(path.absolute()), path=path)
     if _FUNCTION.fullmatch(spec):
         x, y = _from_function(spec)
         return Dataset(x, y, spec)
@@ -146,7 +153,7 @@ def input_tag(item: DatasetInput, key: str) -> str | None:
     return next((str(tag.value) for tag in item.tags if tag.key == key), None)
 
 
-def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
+def _from_mlflow(source: ModelSource | None, target: str | None, slices: str | None) -> Dataset:
     item = training_input(source)
     assert source is not None
     name = item.dataset.name
@@ -173,10 +180,10 @@ def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
             f"expected the dataset {name!r} to load as a file, got {type(found).__name__} from a"
             f" {item.dataset.source_type} source; give a file with --train"
         )
-    x, y = _from_file(Path(found), target or input_tag(item, "target"))
-    return Dataset(
-        x, y, f"mlflow: dataset {name} of run {source.run_id}", input_tag(item, "sha256")
-    )
+    path = Path(found)
+    x, y = _from_file(path, target or input_tag(item, "target"), slices)
+    where = f"mlflow: dataset {name} of run {source.run_id}"
+    return Dataset(x, y, where, input_tag(item, "sha256"), path)
 
 
 def _uri_of(item: DatasetInput) -> str:
@@ -192,7 +199,7 @@ def _is_local(item: DatasetInput) -> bool:
     return uri.startswith("file:") or re.match(r"[a-z][a-z0-9+.-]+:", uri) is None
 
 
-def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
+def _from_file(path: Path, target: str | None, slices: str | None) -> tuple[Features, Array]:
     suffix = path.suffix.lower()
     if suffix not in (".npz", ".csv", ".parquet"):
         raise InputError(
@@ -203,11 +210,11 @@ def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
     if path.stat().st_size == 0:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
     if suffix == ".npz":
-        return _from_npz(path)
-    return _from_table(_read_table(path), target, path)
+        return _from_npz(path, slices)
+    return _from_table(_read_table(path), target, path, slices)
 
 
-def _from_npz(path: Path) -> tuple[Features, Array]:
+def _from_npz(path: Path, slices: str | None) -> tuple[Features, Array]:
     remedy = "save it with numpy.savez(path, x=x, y=y)"
     try:
         with path.open("rb") as file:
@@ -215,8 +222,9 @@ def _from_npz(path: Path) -> tuple[Features, Array]:
             if isinstance(archive, np.ndarray):
                 raise InputError(f"expected arrays x and y in {path}, got one array; {remedy}")
             missing = [name for name in ("x", "y") if name not in archive.files]
-            if missing == ["x"] and len(archive.files) > 2:
-                named = {name: archive[name] for name in archive.files}
+            names = [name for name in archive.files if name != slices or name == "y"]
+            if missing == ["x"] and len(names) > 2:
+                named = {name: archive[name] for name in names}
                 y = named.pop("y")
                 return named, y
             if missing:
@@ -245,7 +253,9 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Array, Array]:
+def _from_table(
+    frame: pd.DataFrame, target: str | None, path: Path, slices: str | None
+) -> tuple[Array, Array]:
     from pandas.api.types import is_numeric_dtype
 
     names = [str(name) for name in frame.columns]
@@ -255,6 +265,9 @@ def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Ar
         raise InputError(
             f"expected --target to name a column of {path}, got {got}; choose from: {_few(names)}"
         )
+    if slices in names and slices != target and not is_numeric_dtype(frame[slices].dtype):
+        frame = frame.drop(columns=slices)
+        names = [name for name in names if name != slices]
     if len(frame) == 0 or len(names) < 2:
         raise InputError(
             f"expected rows and feature columns in {path}, got {len(frame)} rows and"
