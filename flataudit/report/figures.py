@@ -219,8 +219,8 @@ def _eigenvalues(report: dict[str, Any], ratios: list[float], titled: bool) -> F
     reach = 2 * max(ratios[0], min(1 / ratios[shown - 1], 1e3), 10.0)
     axes.set_ylim(1 / reach, reach)
     axes.set_xlim(0.5, shown + 0.5)
-    axes.text(0.985, 1.12, "penalty: half used", color=COLOURS["ink"], ha="right",
-              va="bottom", transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.text(0.015, 0.88, "penalty: half used", color=COLOURS["ink"], ha="left",
+              va="top", transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylabel("r = ggn eigenvalue / penalty  (line)")
     axes.set_xlabel("direction, from most to least decided by the data")
     _decades(axes)

@@ -34,6 +34,9 @@ _TRAINING_KEYS = {
     "momentum": "Momentum",
     "batch_size": "Batch size",
     "weight_decay": "Weight decay",
+    "dampening": "Dampening",
+    "steps": "Steps",
+    "loss": "Loss",
 }
 
 
@@ -224,7 +227,11 @@ def _row(name: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _minus(text: str) -> str:
-    """Numbers with a typographic minus sign; the exponent of 2e-05 keeps its hyphen."""
+    """Numbers with a typographic minus sign and their per cent sign on the same line.
+
+    The exponent of 2e-05 keeps its hyphen.
+    """
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 

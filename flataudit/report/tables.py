@@ -43,10 +43,12 @@ def _slice_note(table: Mapping[str, Any], report: Report) -> str:
     how = words.ESTIMATORS[table["estimator"]][0]
     text = (
         f"Gap by {how}, which knows each sample's own label; over all samples"
-        f" {words.interval(table['gap'], None, None)} (the line)"
+        f" it is {words.interval(table['gap'], None, None)} (the dashed line)"
     )
     if report["gap"]["estimator"] != table["estimator"]:
-        text += f", where the report believes {words.interval(report['gap']['value'], None, None)}"
+        text += (
+            f", and the estimate used above is {words.interval(report['gap']['value'], None, None)}"
+        )
     text += ". The largest gap comes first"
     if any(row["n"] < words.FEW_SAMPLES for row in table["rows"]):
         text += f", slices of fewer than {words.FEW_SAMPLES} samples last"
