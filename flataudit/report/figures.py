@@ -219,8 +219,10 @@ def _eigenvalues(report: dict[str, Any], ratios: list[float], titled: bool) -> F
     reach = 2 * max(ratios[0], min(1 / ratios[shown - 1], 1e3), 10.0)
     axes.set_ylim(1 / reach, reach)
     axes.set_xlim(0.5, shown + 0.5)
-    axes.text(0.015, 0.88, "penalty: half used", color=COLOURS["ink"], ha="left",
-              va="top", transform=axes.get_yaxis_transform())  # fmt: skip
+    late = sum(r > 1 for r in ratios) > 0.55 * shown  # where the label is off the line's way
+    axes.text(0.015 if late else 0.985, 0.88 if late else 1.12, "penalty: half used",
+              color=COLOURS["ink"], ha="left" if late else "right", va="top" if late else "bottom",
+              transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylabel("r = ggn eigenvalue / penalty  (line)")
     axes.set_xlabel("direction, from most to least decided by the data")
     _decades(axes)

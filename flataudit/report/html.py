@@ -366,7 +366,11 @@ def _identity_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         *rows,
         _row("Parameters", words.number(model["n_params"])),
-        _row("Family", report["family"], f"{words.number(data['n_outputs'])} outputs"),
+        _row(
+            "Family",
+            report["family"],
+            f"{words.number(data['n_outputs'])} output{'s' * (data['n_outputs'] != 1)}",
+        ),
         _row("Training samples", words.number(data["n_samples"])),
         _row("Held-out samples", words.number(heldout), _why(heldout, "none given")),
         _row("sha256 of the data", str(data["sha256"] or words.DASH)),

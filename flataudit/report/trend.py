@@ -7,7 +7,7 @@ from typing import Any
 
 from flataudit.report import figures, tables, words
 
-SHOWN = 20  # audits
+SHOWN = 12  # audits
 
 
 def trend_svg(report: dict[str, Any], earlier: Sequence[Mapping[str, Any]] | None) -> str | None:
@@ -16,7 +16,7 @@ def trend_svg(report: dict[str, Any], earlier: Sequence[Mapping[str, Any]] | Non
     if len(rows) < 2:
         return None
     with figures.style():
-        fig = figures.figure(8.6, 2.7)
+        fig = figures.figure(figures.WIDTH, 2.6)
         axes = fig.subplots()
         x = list(range(len(rows)))
         gaps = [row["gap"] for row in rows]
