@@ -29,7 +29,7 @@ from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
 from flataudit.training import TRAINING_ARTIFACT
-from flataudit.versions import set_verdict, update_model_table
+from flataudit.versions import markdown_text, set_verdict, update_model_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -185,7 +185,7 @@ def log_error(
         with _audit_run(source, options, experiment) as (client, run_id, link):
             client.log_dict(run_id, found, f"{ARTIFACTS}/error.json")
             tags = {**_bound_to(source, run_id), VERDICT: "error"}
-            block = f"**flataudit: error.** The audit failed: {error}"
+            block = f"**flataudit: error.** The audit failed: {markdown_text(error)}"
             _set_run_tags(client, run_id, tags | {"mlflow.note.content": block})
             client.set_terminated(run_id, "FAILED")
             model_id = _logged_model_id(client, source)

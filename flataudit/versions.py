@@ -26,7 +26,7 @@ _HEAD = (
 )
 _PLAIN = re.compile(r"[\w .,+:\[\]\N{EN DASH}-]*")  # says what it says in a markdown table
 _RUN_LINK = re.compile(r"\(<(#/experiments/[^>\s]+)>\)")
-_ROUNDS = 3  # of writing the table, where other audits end at the same time
+_ROUNDS = 20  # of writing the table, where other audits end at the same time
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,16 @@ def markdown_cell(text: str, limit: int = 60) -> str:
     line = _unmarked(" ".join(text.split()))[:limit]
     if _PLAIN.fullmatch(line) and "](" not in line and "][" not in line:
         return line
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", line)
+    return markdown_text(line)
+
+
+def markdown_text(text: str) -> str:
+    """Text that means itself in markdown: marks of emphasis, links, code and HTML are escaped.
+
+    >>> markdown_text("<b> is 2*x")
+    '\\\\<b\\\\> is 2\\\\*x'
+    """
+    return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", text)
 
 
 def _table_row(version: ModelVersion) -> str:
