@@ -171,7 +171,7 @@ def markdown_cell(text: str, limit: int = 60) -> str:
     >>> markdown_cell("0.052 [0.041, 0.064]"), markdown_cell("a|b <i>")
     ('0.052 [0.041, 0.064]', 'a\\\\|b \\\\<i\\\\>')
     """
-    line = _unmarked(" ".join(text.split()))[:limit]
+    line = _unmarked(" ".join(text.split()))[:limit].strip()
     if _PLAIN.fullmatch(line) and "](" not in line and "][" not in line:
         return line
     return markdown_text(line)
