@@ -64,6 +64,7 @@ from flataudit.selection import (
 )
 from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
+from flataudit.slices import class_table, group_by, per_sample, slice_tables
 from flataudit.solvers import check_name
 from flataudit.tensors import as_pair, digest, resolve_device
 from flataudit.training import parse_training
@@ -90,6 +91,7 @@ def audit(
     sensitivity: str | bool = "auto",
     chunk_size: int | None = None,
     classes: Sequence[str] | None = None,
+    slices: Mapping[str, Any] | None = None,
 ) -> AuditReport:
     """Predicts a fitted model's generalization gap and says whether to rely on it.
 
@@ -122,6 +124,8 @@ def audit(
         chunk_size: Samples per chunk; the default follows from memory. Changes no number.
         classes: The names of the outputs in order, for labels given as text; without it they are
             the sorted training labels, and the report says so.
+        slices: {name: one value per training sample}: the gap is also given by these values
+            (`flataudit.slices`), as it is by class.
 
     Returns:
         A frozen `AuditReport`; `report.to_dict()` is the contract's JSON.
@@ -153,6 +157,7 @@ def audit(
     subject = as_network(model, train, heldout, family)
     train, heldout, names, assumed = with_indices(subject.train, subject.heldout, classes)
     train = as_pair(train, "train")
+    grouped = group_by(slices, len(train[1]))
     prepared, problem = _problem(subject, train, names, dispersion, device, chunk_size)
     unseen = None if heldout is None else _unseen(heldout, train[0], prepared, problem, seed)
     varied = wants_sensitivity(sensitivity, problem)
@@ -176,6 +181,7 @@ def audit(
     leverage = estimators.soft_rank(variance)
     energy = estimators.tic(variance, v)
     left_out = estimators.loo(variance, v, likelihood, problem.outputs, problem.y)
+    each = per_sample(problem, nll, energy, left_out)
 
     # (4) Calibration on held-out data, else on the leave-one-out outputs; the premise test.
     say("judging calibration")
@@ -282,9 +288,11 @@ def audit(
             tic=to_numpy(energy),
             loo=np.full(len(nll), np.nan) if left_out is None else to_numpy(left_out.psi),
         ),
-        display=build_display(fit, judged, nll, leverage, energy, left_out),
+        display=build_display(fit, judged, nll, leverage, energy, left_out, names),
         shift=None if unseen is None else unseen.shift,
         sensitivity=penalties,
+        classes=class_table(each, names),
+        slices=slice_tables(grouped, each),
     )
 
 

@@ -31,6 +31,7 @@ class AuditOptions(BaseModel):
     seed: int = 0
     recalibrate: bool = False
     sensitivity: Literal["auto"] | bool = "auto"
+    slices: str | None = None  # COLUMN of the training data, or FILE:COLUMN
     deadline: float | None = Field(default=None, gt=0, le=1e6)  # seconds; above, timers overflow
     tracking_uri: str | None = None
 

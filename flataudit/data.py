@@ -50,13 +50,14 @@ class Dataset:
 
     `tag_sha256` is the tag `sha256` of a dataset logged in MLflow, else None: compare it with
     the report's `data.sha256` (`digest_of`), as MLflow's own digest covers only part of large
-    data.
+    data. `path`: the file, where the data came from one.
     """
 
     x: Features
     y: Array
     origin: str
     tag_sha256: str | None = None
+    path: Path | None = None
 
     @property
     def pair(self) -> tuple[Features, Array]:
@@ -65,7 +66,11 @@ class Dataset:
 
 
 def load_data(
-    spec: str, *, target: str | None = None, source: ModelSource | None = None
+    spec: str,
+    *,
+    target: str | None = None,
+    source: ModelSource | None = None,
+    slices: str | None = None,
 ) -> Dataset:
     """The data that `spec` names.
 
@@ -77,18 +82,20 @@ def load_data(
             (tags `target` and `sha256` are used).
         target: The name of the target column of a table.
         source: The model, for `mlflow` and for whether its transformers take a table.
+        slices: The column of a table that is no feature if it holds text, or the array of an npz
+            file that is no input (`flataudit.columns`).
 
     Raises:
         InputError: whatever is missing, empty or not numeric, in one line.
         StoreError: MLflow cannot be read.
     """
     if spec == "mlflow":
-        return _from_mlflow(source, target)
+        return _from_mlflow(source, target, slices)
     path = Path(spec).expanduser()
     as_table = source is not None and source.flavor == "sklearn"
     if path.suffix.lower() in SUFFIXES:
-        x, y = _from_file(path, target, as_table)
-        return Dataset(x, y, str(path.absolute()))
+        x, y = _from_file(path, target, as_table, slices)
+        return Dataset(x, y, str(path.absolute()), path=path)
     if _FUNCTION.fullmatch(spec):
         x, y = _from_function(spec)
         return Dataset(x, y, spec)
@@ -150,7 +157,7 @@ def input_tag(item: DatasetInput, key: str) -> str | None:
     return next((str(tag.value) for tag in item.tags if tag.key == key), None)
 
 
-def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
+def _from_mlflow(source: ModelSource | None, target: str | None, slices: str | None) -> Dataset:
     item = training_input(source)
     assert source is not None
     name = item.dataset.name
@@ -174,13 +181,15 @@ def _from_mlflow(source: ModelSource | None, target: str | None) -> Dataset:
         ) from error
     target = target or input_tag(item, "target")
     as_table = source.flavor == "sklearn"
+    path = None
     if isinstance(found, str | Path):
-        x, y = _from_file(_single_file(Path(found)), target, as_table)
+        path = _single_file(Path(found))
+        x, y = _from_file(path, target, as_table, slices)
     else:
-        x, y = _from_table(_as_frame(found, item), target, f"the dataset {name!r}", as_table)
-    return Dataset(
-        x, y, f"mlflow: dataset {name} of run {source.run_id}", input_tag(item, "sha256")
-    )
+        frame = _as_frame(found, item)
+        x, y = _from_table(frame, target, f"the dataset {name!r}", as_table, slices)
+    where = f"mlflow: dataset {name} of run {source.run_id}"
+    return Dataset(x, y, where, input_tag(item, "sha256"), path)
 
 
 def _single_file(path: Path) -> Path:
@@ -225,7 +234,9 @@ def _is_local(item: DatasetInput) -> bool:
     return uri.startswith("file:") or re.match(r"[a-z][a-z0-9+.-]+:", uri) is None
 
 
-def _from_file(path: Path, target: str | None, as_table: bool) -> tuple[Features, Array]:
+def _from_file(
+    path: Path, target: str | None, as_table: bool, slices: str | None
+) -> tuple[Features, Array]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(
@@ -236,11 +247,11 @@ def _from_file(path: Path, target: str | None, as_table: bool) -> tuple[Features
     if path.stat().st_size == 0:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
     if suffix == ".npz":
-        return _from_npz(path)
-    return _from_table(_read_table(path), target, str(path), as_table)
+        return _from_npz(path, slices)
+    return _from_table(_read_table(path), target, str(path), as_table, slices)
 
 
-def _from_npz(path: Path) -> tuple[Features, Array]:
+def _from_npz(path: Path, slices: str | None) -> tuple[Features, Array]:
     remedy = "save it with numpy.savez(path, x=x, y=y)"
     try:
         with path.open("rb") as file:
@@ -248,8 +259,9 @@ def _from_npz(path: Path) -> tuple[Features, Array]:
             if isinstance(archive, np.ndarray):
                 raise InputError(f"expected arrays x and y in {path}, got one array; {remedy}")
             missing = [name for name in ("x", "y") if name not in archive.files]
-            if missing == ["x"] and len(archive.files) > 1:
-                named = {name: archive[name] for name in archive.files}
+            names = [name for name in archive.files if name != slices or name == "y"]
+            if missing == ["x"] and len(names) > 1:
+                named = {name: archive[name] for name in names}
                 y = named.pop("y")
                 # One array is the model's one input, whatever it is called.
                 return (named if len(named) > 1 else next(iter(named.values()))), y
@@ -280,7 +292,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _from_table(
-    frame: pd.DataFrame, target: str | None, path: str, as_table: bool
+    frame: pd.DataFrame, target: str | None, path: str, as_table: bool, slices: str | None
 ) -> tuple[Features, Array]:
     from pandas.api.types import is_numeric_dtype
 
@@ -291,6 +303,9 @@ def _from_table(
         raise InputError(
             f"expected --target to name a column of {path}, got {got}; choose from: {_few(names)}"
         )
+    if slices in names and slices != target and not is_numeric_dtype(frame[slices].dtype):
+        frame = frame.drop(columns=slices)
+        names = [name for name in names if name != slices]
     if len(frame) == 0 or len(names) < 2:
         raise InputError(
             f"expected rows and feature columns in {path}, got {len(frame)} rows and"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,15 @@ def build_display(
     leverage: Tensor,
     tic: Tensor,
     left_out: LeaveOneOut | None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Reliability bins, the spectrum (eigenvalues of the ggn over the penalty) and the samples
-    that matter most, by leave-one-out loss where there is one, else by TIC."""
+    that matter most, by leave-one-out loss where there is one, else by TIC; labels under the
+    classes' names where they have some."""
     return {
         "reliability": _reliability(fit, judged),
         "spectrum": _spectrum(fit, leverage),
-        "influence": _influence(fit, nll, leverage, tic, left_out),
+        "influence": _influence(fit, nll, leverage, tic, left_out, names),
     }
 
 
@@ -70,6 +73,7 @@ def _influence(
     leverage: Tensor,
     tic: Tensor,
     left_out: LeaveOneOut | None,
+    names: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     problem = fit.problem
     ranking = tic if left_out is None else left_out.psi
@@ -81,11 +85,15 @@ def _influence(
         labels = problem.y[:, 0]
         rate = problem.family.name == "poisson"
         predicted = problem.outputs[:, 0].exp() if rate else problem.outputs[:, 0]
+
+    def shown(value: Tensor) -> Any:
+        return value.item() if names is None or log_p is None else names[int(value)]
+
     return [
         {
             "index": i,
-            "label": labels[i].item(),
-            "predicted": predicted[i].item(),
+            "label": shown(labels[i]),
+            "predicted": shown(predicted[i]),
             "leverage": leverage[i].item(),
             "tic": tic[i].item(),
             "loo": None if left_out is None else left_out.psi[i].item(),

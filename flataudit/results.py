@@ -229,6 +229,36 @@ class Shift:
 
 
 @dataclass(frozen=True, slots=True)
+class SliceRow:
+    """One class or slice of the training samples (`flataudit.slices`).
+
+    `gap_se` is None for a single sample; accuracies are None for regression, and the predicted
+    one, from leave-one-out outputs, where there are none.
+    """
+
+    value: str
+    n: int
+    train_nll: float
+    gap: float
+    gap_se: float | None
+    train_accuracy: float | None
+    predicted_accuracy: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class SliceTable:
+    """The slices by one column, the largest gap first, those of fewer than 10 samples last.
+
+    `gap` is the estimator's over all samples: the mean of the slices' gaps, weighted by n.
+    """
+
+    column: str
+    estimator: Literal["loo", "tic"]
+    gap: float
+    rows: tuple[SliceRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SolverInfo:
     """How the curvature was factorised."""
 
@@ -278,6 +308,8 @@ class AuditReport:
     display: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
     shift: Shift | None = None  # held-out against training inputs
     sensitivity: tuple[PenaltyPoint, ...] | None = None
+    classes: SliceTable | None = None  # by label; None for regression
+    slices: tuple[SliceTable, ...] = ()  # by the columns asked for
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values: numbers are float64 or null, never NaN or inf.

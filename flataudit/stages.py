@@ -35,17 +35,21 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
         InputError: no such model, version, file or column.
         StoreError: MLflow cannot be reached.
     """
+    from flataudit.columns import own_column, read_slices
     from flataudit.data import load_data
     from flataudit.models import registry
+    from flataudit.slices import group_by
     from flataudit.store import use_tracking
     from flataudit.training import parse_training
 
     chosen = AuditOptions(**options)
     use_tracking(chosen.tracking_uri)
     source = registry.resolve(model_uri)
-    data = load_data(train, target=chosen.target, source=source)
+    own = own_column(chosen.slices)
+    data = load_data(train, target=chosen.target, source=source, slices=own)
+    group_by(read_slices(chosen.slices, data), len(data.y))
     if heldout:
-        load_data(heldout, target=chosen.target, source=source)
+        load_data(heldout, target=chosen.target, source=source, slices=own)
     training: Json | None = None
     origin = "argument"
     if chosen.training == "auto":
@@ -153,6 +157,7 @@ def _asked(loaded: Json, options: Json) -> Json:
 
 def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
     from flataudit.audit import audit
+    from flataudit.columns import own_column, read_slices
     from flataudit.data import load_data
     from flataudit.models.classes import class_names
     from flataudit.models.registry import ModelSource, load_model
@@ -164,10 +169,11 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
     use_tracking(chosen.tracking_uri)
     source = ModelSource.from_dict(loaded["source"])
     model = load_model(source)
-    train = load_data(loaded["train"], target=chosen.target, source=source)
+    own = own_column(chosen.slices)
+    train = load_data(loaded["train"], target=chosen.target, source=source, slices=own)
     heldout = None
     if loaded["heldout"]:
-        heldout = load_data(loaded["heldout"], target=chosen.target, source=source)
+        heldout = load_data(loaded["heldout"], target=chosen.target, source=source, slices=own)
     classes = class_names(source, model) if train.y.dtype.kind == "U" else None
     found = audit(
         model,
@@ -185,6 +191,7 @@ def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> 
         sensitivity=chosen.sensitivity,
         progress=progress,
         classes=classes,
+        slices=read_slices(chosen.slices, train),
     )
     report = found.to_dict()
     report["model"] |= source.report_fields()

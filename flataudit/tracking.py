@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 from flataudit import __version__
 from flataudit.data import CONTEXTS, as_features, digest_of, training_input
 from flataudit.errors import InputError, StoreError
+from flataudit.history import earlier_audits
 from flataudit.labels import text_labels
 from flataudit.models.registry import ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
 from flataudit.store import ensure_experiment, scratch_folder, store_errors
 from flataudit.training import TRAINING_ARTIFACT
-from flataudit.versions import markdown_text, set_verdict
+from flataudit.versions import markdown_text, set_verdict, update_model_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -144,7 +145,11 @@ def log_audit(
             that could be written.
     """
     options = dict(options or {})
-    folder, metrics = _rendered(report, display), metrics_of(report)
+    with store_errors(f"read the earlier audits of {source.uri}"):
+        from mlflow import MlflowClient
+
+        history = earlier_audits(MlflowClient(), source.name, experiment)
+    folder, metrics = _rendered(report, display, history), metrics_of(report)
     with _audit_run(source, options, experiment) as (client, run_id, link):
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
         client.log_artifacts(run_id, folder, ARTIFACTS)
@@ -156,6 +161,7 @@ def log_audit(
         _set_run_tags(client, run_id, tags | shown)
         client.set_terminated(run_id, "FINISHED")
         set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
+    update_model_table(client, source)
     return run_id
 
 
@@ -188,6 +194,7 @@ def log_error(
             set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
     except StoreError:
         return None
+    update_model_table(client, source)
     return run_id
 
 
@@ -276,7 +283,9 @@ def _audit_run(
             raise
 
 
-def _rendered(report: dict[str, Any], display: dict[str, Any]) -> str:
+def _rendered(
+    report: dict[str, Any], display: dict[str, Any], history: list[dict[str, Any]]
+) -> str:
     """A folder with the run's artifacts; made before anything is written to the store."""
     from flataudit.report import figures, html
 
@@ -284,7 +293,7 @@ def _rendered(report: dict[str, Any], display: dict[str, Any]) -> str:
     columns = list(rows[0]) if rows else []
     table = {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}
     folder = Path(scratch_folder())
-    (folder / "report.html").write_text(html.render(report, display), encoding="utf-8")
+    (folder / "report.html").write_text(html.render(report, display, history), encoding="utf-8")
     (folder / "reliability.png").write_bytes(figures.reliability_png(report, display))
     (folder / "spectrum.png").write_bytes(figures.spectrum_png(report, display))
     for name, value in (("report", report), ("influence", table)):

@@ -1,9 +1,12 @@
-"""The verdict on a model: its tags, and the marked block in a version's description."""
+"""What the registry shows of audits: a version's tags and the marked block in its description, and
+the marked table of the latest audits in the registered model's description.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -11,11 +14,23 @@ from flataudit.errors import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from flataudit.models.registry import ModelSource
 
 BEGIN, END = "<!-- flataudit:begin -->", "<!-- flataudit:end -->"
 DESCRIPTION_LIMIT = 5000  # characters, of MLflow's column
+
+TITLE = "**flataudit: latest audit of each version**"
+_HEAD = (
+    "| Version | Verdict | Gap, nats per example | Rely on it | Audited (UTC) | Run |\n"
+    "|---|---|---|---|---|---|"
+)
+_PLAIN = re.compile(r"[\w .,+:\[\]\N{EN DASH}-]*")  # says what it says in a markdown table
+_RUN_LINK = re.compile(r"\(<(#/experiments/[^>\s]+)>\)")
+_ROUNDS = 20  # of writing the table, where other audits end at the same time
+
+log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 
@@ -113,6 +128,107 @@ def _set_on_version(
                 else:
                     client.delete_model_version_tag(name, version, key)
         raise
+
+
+# --- the registered model's table ---------------------------------------------------------------
+
+
+def update_model_table(client: MlflowClient, source: ModelSource) -> None:
+    """Brings the table in the registered model's description up to date; never raises.
+
+    The table follows from the versions' tags alone, so of two audits that end at once the later
+    writer has both; it is read again after it was written, and written again where another audit
+    or a person came between. A failure is logged: the verdict stands without the table.
+    """
+    if source.kind != "registry":
+        return
+    name = str(source.name)
+    try:
+        for _ in range(_ROUNDS):
+            versions = _all_versions(client, name)
+            before = client.get_registered_model(name).description or ""
+            wanted = merge_table(before, versions)
+            if wanted == before:
+                return
+            client.update_registered_model(name, wanted)
+    except Exception as error:
+        log.warning(
+            "the audit is logged, but the table in the description of %s could not be updated: %s",
+            name,
+            " ".join(str(error).split())[:300],
+        )
+
+
+def merge_table(old: str, versions: Iterable[ModelVersion]) -> str:
+    """A registered model's description with the table of its versions' latest audits.
+
+    As many rows as fit beside what people wrote, the newest versions first; without room for one
+    row there is no table.
+    """
+    ordered = sorted(versions, key=lambda version: -int(version.version))
+    rows = [_table_row(version) for version in ordered if _audited(version)]
+    if not rows:
+        return _without_block(old)
+    missing = [str(version.version) for version in ordered if not _audited(version)]
+    rest = f"\n\nNot audited: {_first(missing)}." if missing else ""
+    for shown in range(len(rows), 0, -1):
+        lines = [TITLE, "", _HEAD, *rows[:shown]]
+        if shown < len(rows):
+            lines += ["", f"{len(rows) - shown} older audited version(s) are not shown."]
+        text = merge_description(old, "\n".join(lines) + rest)
+        if len(text) <= DESCRIPTION_LIMIT:
+            return text
+    return _without_block(old)
+
+
+def markdown_cell(text: str, limit: int = 60) -> str:
+    """Text as it is in one cell of a markdown table: one line, special characters escaped.
+
+    >>> markdown_cell("0.052 [0.041, 0.064]"), markdown_cell("a|b <i>")
+    ('0.052 [0.041, 0.064]', 'a\\\\|b &lt;i&gt;')
+    """
+    line = _unmarked(" ".join(text.split()))[:limit].strip()
+    if _PLAIN.fullmatch(line) and "](" not in line and "][" not in line:
+        return line
+    return markdown_text(line)
+
+
+def _table_row(version: ModelVersion) -> str:
+    tags = version.tags
+    verdict, gap, confidence, when = (
+        markdown_cell(tags.get(f"flataudit.{key}") or "\N{EN DASH}")
+        for key in ("verdict", "gap", "confidence", "audited_at")
+    )
+    day = when[:16].replace("T", " ")
+    link = _RUN_LINK.search(version.description or "")
+    run = tags.get("flataudit.run_id") or ""
+    shown = f"[run](<{link[1]}>)" if link and link[1].endswith(f"/{run}") else markdown_cell(run)
+    return f"| {version.version} | **{verdict}** | {gap} | {confidence} | {day} | {shown} |"
+
+
+def _audited(version: ModelVersion) -> bool:
+    return bool(version.tags.get("flataudit.verdict"))
+
+
+def _all_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    quote = '"' if "'" in name else "'"
+    found: list[ModelVersion] = []
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _first(names: list[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _without_block(text: str) -> str:
+    return _unmarked(_BLOCK.sub("", text)).rstrip() if BEGIN in text or END in text else text
 
 
 def _unmarked(text: str) -> str:

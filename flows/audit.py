@@ -52,6 +52,7 @@ def audit_flow(
     seed: int = 0,
     recalibrate: bool = False,
     sensitivity: str | bool = "auto",
+    slices: str | None = None,
     deadline: float | None = None,
     tracking_uri: str | None = None,
 ) -> Json:
@@ -74,6 +75,7 @@ def audit_flow(
             "seed": seed,
             "recalibrate": recalibrate,
             "sensitivity": sensitivity,
+            "slices": slices,
             "deadline": deadline,
             "tracking_uri": tracking_uri,
         },

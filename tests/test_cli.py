@@ -637,3 +637,25 @@ def test_process_in_a_folder_without_a_store(tmp_path):
     assert done.code == 2
     assert "a registered model 'digits', got none" in done.line
     assert [path.name for path in tmp_path.iterdir()] == ["flataudit-store"]
+
+
+# --- slices -------------------------------------------------------------------------------------
+
+
+def test_slices_in_the_json_and_on_the_run(audit, models, tmp_path):
+    path = tmp_path / "column.csv"
+    path.write_text("size\n" + "\n".join(str(i) for i in range(len(models.y))) + "\n")
+    done = audit("--slices", f"{path}:size", "--json", "-")
+    assert done.code == 0
+    (table,) = json.loads(done.out)["slices"]
+    assert [row["n"] for row in table["rows"]] == [16] * 5
+    assert {row["value"] for row in table["rows"]} >= {"0 to 15", "64 to 79"}
+    (run, *_) = runs(mlflow.MlflowClient(models.uri))
+    assert run.data.params["slices"] == f"{path}:size"
+
+
+def test_an_unknown_column_is_one_line(audit):
+    done = audit("--slices", "shop")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("flataudit: expected --slices to name a column of ")
+    assert done.err.count("\n") == 1

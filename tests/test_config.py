@@ -30,6 +30,7 @@ def test_nothing_given_is_auto_everywhere():
         "seed": 0,
         "recalibrate": False,
         "sensitivity": "auto",
+        "slices": None,
         "deadline": None,
         "tracking_uri": None,
     }

@@ -135,8 +135,8 @@ def test_data_that_changed_since_training_are_warned_of(models, monkeypatch):
     assert "data_mismatch" not in codes
     from_mlflow = flataudit.data._from_mlflow
 
-    def changed(source, target):
-        found = from_mlflow(source, target)
+    def changed(source, *more):
+        found = from_mlflow(source, *more)
         found.x[0, 0] += 1.0
         return found
 
@@ -285,3 +285,55 @@ def test_a_store_that_fails_at_any_stage_leaves_it_as_it_was(models, monkeypatch
         run_audit("models:/good/1", models.data, None, options(models), stages=broken)
     changed = set(content(models)) ^ set(before)
     assert not any("model_version" in row or "runs" in row for row in changed), changed
+
+
+# --- slices -------------------------------------------------------------------------------------
+
+
+def sliced(models, tmp_path):
+    """The training data with a column beside them, and the column."""
+    shop = np.array(["north", "south"])[np.arange(len(models.y)) % 2]
+    np.savez(tmp_path / "sliced.npz", x=models.x, y=models.y, shop=shop)
+    return str(tmp_path / "sliced.npz"), shop
+
+
+@pytest.mark.parametrize("deadline", [None, 300])
+def test_slices_of_the_data_s_own_column(models, tmp_path, deadline):
+    data, shop = sliced(models, tmp_path)
+    asked = options(models, slices="shop", deadline=deadline)
+    report = run_audit("models:/good/1", data, None, asked, write=False)["report"]
+    (table,) = report["slices"]
+    assert table["column"] == "shop"
+    assert {row["value"]: row["n"] for row in table["rows"]} == {
+        name: int((shop == name).sum()) for name in ("north", "south")
+    }
+    assert sum(row["n"] for row in report["classes"]["rows"]) == len(models.y)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(3, "for each of the 80 training samples"), (0, "choose from: 'x', 'y', 'other'")],
+)
+def test_bad_slices_are_bad_input_and_nothing_is_written(models, tmp_path, rows, message):
+    before = content(models)
+    name = "shop" if rows else "other"
+    np.savez(tmp_path / "sliced.npz", x=models.x, y=models.y, **{name: np.arange(rows)})
+    with pytest.raises(InputError, match=message):
+        run_audit(
+            "models:/good/1", str(tmp_path / "sliced.npz"), None, options(models, slices="shop")
+        )
+    assert content(models) == before
+
+
+def test_the_registered_model_s_table_and_the_report_s_history(models):
+    runs = [
+        run_audit("models:/good/1", "mlflow", None, options(models))["run_id"] for _ in range(2)
+    ]
+    client = MlflowClient(models.uri)
+    table = client.get_registered_model("good").description
+    assert table.count(f"/runs/{runs[1]}>)") == 1
+    assert runs[0] not in table
+    path = client.download_artifacts(runs[1], "flataudit/report.html")
+    page = Path(path).read_text(encoding="utf-8")
+    assert "Audits of all versions of this registered model" in page
+    assert "this audit" in page

@@ -46,6 +46,12 @@ def audit(
     sensitivity: Annotated[
         str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")
     ] = "",
+    slices: Annotated[
+        str,
+        typer.Option(
+            help="also give the gap by the values of COLUMN of the training data, or FILE:COLUMN"
+        ),
+    ] = "",
     config: Annotated[str, typer.Option(help="YAML file of options; the command line wins")] = "",
     json_file: Annotated[
         str, typer.Option("--json", help="write the report as JSON to FILE, or - for stdout")
@@ -74,6 +80,7 @@ def audit(
         "solver": solver,
         "device": device,
         "sensitivity": sensitivity,
+        "slices": slices,
         "deadline": deadline,
         "tracking_uri": tracking_uri,
     }

@@ -43,7 +43,7 @@ def reliability_png(report: dict[str, Any], display: dict[str, Any]) -> bytes:
 
 def reliability_svg(report: dict[str, Any], display: dict[str, Any]) -> str:
     """The same picture as an SVG element for inlining."""
-    return _svg(_reliability(report, display), "rel", reliability_alt(report, display))
+    return svg(_reliability(report, display), "rel", reliability_alt(report, display))
 
 
 def spectrum_png(report: dict[str, Any], display: dict[str, Any]) -> bytes:
@@ -53,7 +53,7 @@ def spectrum_png(report: dict[str, Any], display: dict[str, Any]) -> bytes:
 
 def spectrum_svg(report: dict[str, Any], display: dict[str, Any]) -> str:
     """The same picture as an SVG element for inlining."""
-    return _svg(_spectrum(report, display), "spec", spectrum_alt(report, display))
+    return svg(_spectrum(report, display), "spec", spectrum_alt(report, display))
 
 
 def reliability_alt(report: dict[str, Any], display: dict[str, Any]) -> str:
@@ -82,7 +82,7 @@ def spectrum_alt(report: dict[str, Any], display: dict[str, Any]) -> str:
 
 def _reliability(report: dict[str, Any], display: dict[str, Any], titled: bool = False) -> Figure:
     data = display.get("reliability")
-    with _style():
+    with style():
         if not data or not data["bins"]:
             return _message(titled, "Calibration", "No calibration picture for this report.")
         if data["kind"] == "regression":
@@ -91,7 +91,7 @@ def _reliability(report: dict[str, Any], display: dict[str, Any], titled: bool =
 
 
 def _diagram(report: dict[str, Any], data: dict[str, Any], titled: bool) -> Figure:
-    fig = _figure(WIDTH, 5.0, titled)
+    fig = figure(WIDTH, 5.0, titled)
     top, below = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.7, 1]})
     bins = sorted(data["bins"], key=lambda b: b["confidence"])
     conf = [b["confidence"] for b in bins]
@@ -125,7 +125,7 @@ def _diagram(report: dict[str, Any], data: dict[str, Any], titled: bool) -> Figu
                  va="top" if side == "left" else "bottom", color=COLOURS["muted"])  # fmt: skip
     top.set_ylabel("observed frequency")
     top.tick_params(labelbottom=False)
-    _legend(top, 3)
+    legend(top, 3)
     evidence = words.EVIDENCE.get(data.get("evidence") or report["calibration"]["evidence"], "")
     _title(fig, titled, "Does the stated probability come true?", f"On {evidence}")
 
@@ -150,11 +150,11 @@ def _histogram(axes: Axes, data: dict[str, Any]) -> None:
             text = f"{label} {words.percent(value)}"
             axes.axvline(value, color=COLOURS["ink"], lw=1.4, ls=style, label=text)
     axes.set_ylabel("samples")
-    _legend(axes, 4)
+    legend(axes, 4)
 
 
 def _pit(report: dict[str, Any], data: dict[str, Any], titled: bool) -> Figure:
-    fig = _figure(WIDTH, 4.2, titled)
+    fig = figure(WIDTH, 4.2, titled)
     axes = fig.subplots()
     bins = data["bins"]
     for bad, colour, hatch, label in (
@@ -174,7 +174,7 @@ def _pit(report: dict[str, Any], data: dict[str, Any], titled: bool) -> Figure:
     axes.set_ylim(0, 1.08 * max(max(b["count"], b["high"]) for b in bins))
     axes.set_xlabel("share of the predicted distribution below the true value (PIT)")
     axes.set_ylabel("samples")
-    _legend(axes, 3)
+    legend(axes, 3)
     evidence = words.EVIDENCE.get(data.get("evidence") or report["calibration"]["evidence"], "")
     _title(fig, titled, "Is the predicted spread right?", f"Flat if so; on {evidence}")
     return fig
@@ -184,7 +184,7 @@ def _spectrum(report: dict[str, Any], display: dict[str, Any], titled: bool = Fa
     data = display.get("spectrum") or {}
     ratios = _ratios(display)
     leverage = [x for x in data.get("leverage") or [] if x is not None]
-    with _style():
+    with style():
         if ratios:
             return _eigenvalues(report, ratios, titled)
         if leverage:
@@ -194,7 +194,7 @@ def _spectrum(report: dict[str, Any], display: dict[str, Any], titled: bool = Fa
 
 
 def _eigenvalues(report: dict[str, Any], ratios: list[float], titled: bool) -> Figure:
-    fig = _figure(WIDTH, 4.6, titled)
+    fig = figure(WIDTH, 4.6, titled)
     axes = fig.subplots()
     shares = [r / (1 + r) for r in ratios]
     shown = _shown(shares)
@@ -219,8 +219,10 @@ def _eigenvalues(report: dict[str, Any], ratios: list[float], titled: bool) -> F
     reach = 2 * max(ratios[0], min(1 / ratios[shown - 1], 1e3), 10.0)
     axes.set_ylim(1 / reach, reach)
     axes.set_xlim(0.5, shown + 0.5)
-    axes.text(0.985, 1.12, "half used", color=COLOURS["ink"], ha="right",
-              va="bottom", transform=axes.get_yaxis_transform())  # fmt: skip
+    late = sum(r > 1 for r in ratios) > 0.55 * shown  # where the label is off the line's way
+    axes.text(0.015 if late else 0.985, 0.88 if late else 1.12, "penalty: half used",
+              color=COLOURS["ink"], ha="left" if late else "right", va="top" if late else "bottom",
+              transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_ylabel("r = ggn eigenvalue / penalty  (line)")
     axes.set_xlabel("direction, from most to least decided by the data")
     _decades(axes)
@@ -233,7 +235,7 @@ def _eigenvalues(report: dict[str, Any], ratios: list[float], titled: bool) -> F
 def _leverage(
     report: dict[str, Any], values: list[float], reason: str | None, titled: bool
 ) -> Figure:
-    fig = _figure(WIDTH, 4.6, titled)
+    fig = figure(WIDTH, 4.6, titled)
     axes = fig.subplots()
     values = sorted(values, reverse=True)
     last = max(len(values) - 1, 1)
@@ -244,7 +246,7 @@ def _leverage(
     if rank:
         axes.axhline(rank / n, color=COLOURS["ink"], lw=1.1, ls=(0, (4, 3)),
                      label=f"mean leverage {words.number(rank / n)} = soft rank / n")  # fmt: skip
-        _legend(axes, 1)
+        legend(axes, 1)
     axes.set_xlim(0, 100)
     axes.set_xlabel("training samples, from most to least decisive (%)")
     axes.set_ylabel("leverage (contribution to the soft rank)")
@@ -270,6 +272,22 @@ def _rank_text(report: dict[str, Any], shares: list[float], shown: int) -> str:
     return text
 
 
+def share_rows(display: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many of the largest eigenvalues hold a quarter, half, ... of the soft rank's area.
+
+    >>> share_rows({"spectrum": {"ratios": [9.0, 9.0, 1.0, 0.0]}})[:2]
+    [('25 %', '1 of 3'), ('50 %', '2 of 3')]
+    """
+    shares = [r / (1 + r) for r in _ratios(display)]
+    total, rows = sum(shares), []
+    for part in (0.25, 0.5, 0.75, 0.9, 0.99):
+        reached, count = 0.0, 0
+        while count < len(shares) and reached < part * total * (1 - 1e-12):
+            reached, count = reached + shares[count], count + 1
+        rows.append((f"{100 * part:.0f} %", f"{count:,} of {len(shares):,}"))
+    return rows if total > 0 else []
+
+
 def _shown(shares: list[float]) -> int:
     """How many directions to draw: all up to 60, else those that hold 99 % of the area."""
     total, reached = sum(shares), 0.0
@@ -291,7 +309,7 @@ def _outside(item: dict[str, Any], kind: str) -> bool:
 
 
 def _message(titled: bool, title: str, text: str) -> Figure:
-    fig = _figure(WIDTH, 3.0, titled)
+    fig = figure(WIDTH, 3.0, titled)
     fig.text(0.5, 0.5, textwrap.fill(text, 60), ha="center", va="center",
              color=COLOURS["muted"], parse_math=False)  # fmt: skip
     _title(fig, titled, title, "")
@@ -305,7 +323,7 @@ def _title(fig: Figure, titled: bool, title: str, note: str) -> None:
         fig.suptitle(text, x=0.02, ha="left", fontsize=11, parse_math=False)
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def legend(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False,
                 borderpad=0.2, columnspacing=1.0, handlelength=1.4, handletextpad=0.5)  # fmt: skip
 
@@ -325,7 +343,7 @@ def _decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(width: float, height: float, titled: bool) -> Figure:
+def figure(width: float, height: float, titled: bool = False) -> Figure:
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height + 0.45 * titled), layout="constrained")
@@ -334,7 +352,7 @@ def _figure(width: float, height: float, titled: bool) -> Figure:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our look, whatever the user's matplotlibrc says about the things set here."""
     import matplotlib as mpl
 
@@ -354,17 +372,17 @@ def _style() -> Iterator[None]:
 
 def _png(fig: Figure) -> bytes:
     out = io.BytesIO()
-    with _style():
+    with style():
         fig.savefig(out, format="png", dpi=PNG_DPI)
     return out.getvalue()
 
 
-def _svg(fig: Figure, prefix: str, alt: str) -> str:
+def svg(fig: Figure, prefix: str, alt: str) -> str:
     """One `<svg>` element: no prolog, metadata or namespaces; ids prefixed; themed colours."""
     from html import escape
 
     out = io.StringIO()
-    with _style():
+    with style():
         fig.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]

@@ -1,24 +1,23 @@
 """The report as one self-contained HTML page: inline style and SVG, no script, no network.
 
-`render` turns the report into strings here and lays them out in `template.html.j2`, which
-escapes everything: names, labels and messages come from others.
+`render` turns the report into strings here and lays them out in `templates/report.html.j2`,
+which escapes everything: names, labels and messages come from others.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from flataudit.report import figures, sensitivity, words
+from flataudit.report import figures, marks, sensitivity, tables, trend, words
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TEMPLATE = "template.html.j2"
+TEMPLATE = "report.html.j2"
 INFLUENCE_SHOWN = 12  # rows in sight; the rest are folded away
 INFLUENCE_MAX = 50
 
@@ -35,15 +34,25 @@ _TRAINING_KEYS = {
     "momentum": "Momentum",
     "batch_size": "Batch size",
     "weight_decay": "Weight decay",
+    "dampening": "Dampening",
+    "steps": "Steps",
+    "loss": "Loss",
 }
 
 
-def render(report: dict[str, Any], display: dict[str, Any]) -> str:
+def render(
+    report: dict[str, Any],
+    display: dict[str, Any],
+    history: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """The page for a report.
 
     Args:
         report: `AuditReport.to_dict()`, or the same read back from JSON.
         display: `AuditReport.display`: reliability bins, spectrum, influential samples.
+        history: Earlier audits of any version of this registered model, each {version,
+            audited_at, verdict, confidence, gap, gap_low, gap_high, heldout_gap} and, where it
+            became known later, observed_gap; None where a value does not exist.
 
     Returns:
         A complete HTML document, well under 1 MB.
@@ -54,6 +63,7 @@ def render(report: dict[str, Any], display: dict[str, Any]) -> str:
     bins = (display.get("reliability") or {}).get("bins")
     spectrum = display.get("spectrum") or {}
     drawn = spectrum.get("ratios") or spectrum.get("leverage")
+    changes = trend.trend_svg(report, history)
     label, reasons = words.reliance(report)
     verdict = words.verdict(report)
     look = verdict == "warn" and report["confidence"] == "ok"
@@ -68,6 +78,12 @@ def render(report: dict[str, Any], display: dict[str, Any]) -> str:
         loss_rows=_loss_rows(report),
         estimators=_estimator_rows(report),
         calibration=_calibration_rows(report),
+        slices=tables.slices(report),
+        shift=[_row(*row) for row in tables.shift(report)],
+        history=tables.history(report, history),
+        trend=None if changes is None else Markup(changes),
+        bins=_bin_rows(display),
+        shares=figures.share_rows(display),
         premise=_premise_rows(report),
         penalty=_penalty_rows(report),
         sensitivity=sensitivity.table(report),
@@ -93,18 +109,20 @@ def model_title(report: Mapping[str, Any]) -> str:
 
 @cache
 def _template() -> Template:
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("flataudit.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["num"] = _num
     environment.filters["minus"] = _minus
     environment.filters["flags"] = _flags
-    source = files("flataudit.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source)
+    environment.filters["percent"] = words.percent
+    return environment.get_template(TEMPLATE)
 
 
 def _num(value: Any, digits: int = 3) -> str:
@@ -134,42 +152,20 @@ def _above_info(warning: Mapping[str, Any]) -> bool:
     return warning["severity"] not in ("none", "info")
 
 
-def _scale(values: Iterable[float | None]) -> tuple[float, float]:
-    """Axis limits around all finite values, with a margin of 6 % on both sides."""
-    finite = [v for v in values if v is not None and math.isfinite(v)]
-    low, high = min(finite, default=0.0), max(finite, default=1.0)
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _mark(
-    limits: tuple[float, float], value: float | None, low: float | None, high: float | None
-) -> dict[str, str | None] | None:
-    """Places of a dot and its whisker on an axis, in per cent of the width."""
-    if value is None:
-        return None
-    start, end = limits
-
-    def place(x: float | None) -> str | None:
-        return None if x is None else f"{100 * (x - start) / (end - start):.2f}%"
-
-    return {"at": place(value), "low": place(low), "high": place(high), "zero": place(0.0)}
-
-
 def _loss_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Training, predicted and measured loss on one axis."""
     train, test, heldout = report["train"], report["predicted_test_nll"], report["heldout"]
-    limits = _scale([train["nll"], test["value"], test["low"], test["high"],
+    limits = marks.scale([train["nll"], test["value"], test["low"], test["high"],
                      heldout["nll"] if heldout else None])  # fmt: skip
     text = words.interval(test["value"], test["low"], test["high"])
     rows = [
-        _loss_row("Training data", "train", _mark(limits, train["nll"], None, None),
+        _loss_row("Training data", "train", marks.mark(limits, train["nll"], None, None),
                   words.interval(train["nll"], None, None)),
         _loss_row("Unseen data, predicted", "test",
-                  _mark(limits, test["value"], test["low"], test["high"]), text),
+                  marks.mark(limits, test["value"], test["low"], test["high"]), text),
     ]  # fmt: skip
     if heldout:
-        mark = _mark(limits, heldout["nll"], None, None)
+        mark = marks.mark(limits, heldout["nll"], None, None)
         text = words.interval(heldout["nll"], None, None)
         rows.append(_loss_row("Held-out data, measured", "seen", mark, text))
     return rows
@@ -181,7 +177,7 @@ def _loss_row(name: str, kind: str, mark: Any, text: str) -> dict[str, Any]:
 
 def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every estimator with gap, standard error and interval gap +- z se; the observed gap last."""
-    z = NormalDist().inv_cdf(0.5 + report["gap"]["level"] / 2)
+    z = words.z_of(report)
     rows = [
         {"code": code, "name": name, "what": what, "used": report["gap"]["estimator"] == code,
          **_estimate(report["estimates"].get(code), z)}
@@ -193,9 +189,10 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         n = words.number(report["data"]["heldout_samples"])
         what = f"measured on {n} held-out samples"
         rows.append({"code": "", "name": "Observed", "what": what, "used": False, **seen})
-    limits = _scale([0.0, *(row[key] for row in rows for key in ("gap", "low", "high"))])
+    limits = marks.scale([0.0, *(row[key] for row in rows for key in ("gap", "low", "high"))])
+    line = heldout["gap"] if heldout else None
     for row in rows:
-        row["mark"] = _mark(limits, row["gap"], row["low"], row["high"])
+        row["mark"] = marks.mark(limits, row["gap"], row["low"], row["high"], line)
         if row["gap"] is None:
             row["note"] = _missing_estimate(row["code"])
         elif row["se"] is None:
@@ -230,7 +227,11 @@ def _row(name: str, value: str, note: str = "") -> dict[str, str]:
 
 
 def _minus(text: str) -> str:
-    """Numbers with a typographic minus sign; the exponent of 2e-05 keeps its hyphen."""
+    """Numbers with a typographic minus sign and their per cent sign on the same line.
+
+    The exponent of 2e-05 keeps its hyphen.
+    """
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
     return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
@@ -273,17 +274,30 @@ def _calibration_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
                  _why(cal["ace"], missing) or "bins of equal size"),
         ]  # fmt: skip
     for name, p in p_values.items():
-        rows.append(_row(f"p value, {name}", p_text(p), _why(p, "not available")))
+        rows.append(_row(f"p value, {name}", words.p_text(p), _why(p, "not available")))
     return rows
-
-
-def p_text(p: float | None) -> str:
-    """A p value: "0.023", "< 0.001", or a dash."""
-    return "< 0.001" if p is not None and p < 0.001 else words.number(p)
 
 
 def _why(value: Any, reason: str) -> str:
     return reason if value is None else ""
+
+
+def _bin_rows(display: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The reliability picture as a table: its heads and its rows."""
+    data = display.get("reliability") or {}
+    bins = data.get("bins")
+    if not bins:
+        return None
+    if data["kind"] == "regression":
+        heads = ["PIT from", "to", "Samples", "Expected, 95 %"]
+        rows = [[_num(b["left"], 2), _num(b["right"], 2), _num(b["count"]),
+                 f"{_num(b['low'], 0)} to {_num(b['high'], 0)}"] for b in bins]  # fmt: skip
+    else:
+        heads = ["Predicted", "Observed", "95 % band", "Samples"]
+        rows = [[words.percent(b["confidence"]), words.percent(b["accuracy"]),
+                 f"{100 * b['low']:.1f} to {100 * b['high']:.1f}", _num(b["count"])]
+                for b in sorted(bins, key=lambda b: -b["confidence"])]  # fmt: skip
+    return {"heads": heads, "rows": rows}
 
 
 def _premise_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -297,7 +311,7 @@ def _premise_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
         _row("Information ratio", words.number(ratio),
              _why(ratio, "not available") or "1: errors as large as the probabilities say; "
              "above 1: larger; below 1: smaller"),
-        _row("z", _num(z, 2), _why(z, "not available") or f"two-sided p {p_text(p)}"),
+        _row("z", _num(z, 2), _why(z, "not available") or f"two-sided p {words.p_text(p)}"),
         _row("Judged on", words.EVIDENCE[premise["evidence"]],
              "biased low: training errors are too small" if biased else ""),
     ]  # fmt: skip
@@ -352,7 +366,11 @@ def _identity_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         *rows,
         _row("Parameters", words.number(model["n_params"])),
-        _row("Family", report["family"], f"{words.number(data['n_outputs'])} outputs"),
+        _row(
+            "Family",
+            report["family"],
+            f"{words.number(data['n_outputs'])} output{'s' * (data['n_outputs'] != 1)}",
+        ),
         _row("Training samples", words.number(data["n_samples"])),
         _row("Held-out samples", words.number(heldout), _why(heldout, "none given")),
         _row("sha256 of the data", str(data["sha256"] or words.DASH)),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, Literal
 
 Report = dict[str, Any]
 ReportVerdict = Literal["pass", "warn", "fail"]
 
 DASH = "–"
+FEW_SAMPLES = 10  # slices below are set apart
 SEVERITY_ORDER = ("none", "info", "warn", "high", "critical")
 
 # code: (title, what to do first, what else helps)
@@ -173,6 +175,16 @@ def sentence(text: Any) -> str:
 def level_text(report: Report) -> str:
     """The interval's level: "90 %"."""
     return f"{100 * report['gap']['level']:.0f} %"
+
+
+def z_of(report: Mapping[str, Any]) -> float:
+    """The standard normal's quantile that belongs to the interval's level: 1.645 for 90 %."""
+    return NormalDist().inv_cdf(0.5 + float(report["gap"]["level"]) / 2)
+
+
+def p_text(p: float | None) -> str:
+    """A p value: "0.023", "< 0.001", or a dash."""
+    return "< 0.001" if p is not None and p < 0.001 else number(p)
 
 
 def gap_text(report: Report) -> str:

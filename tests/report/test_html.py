@@ -9,8 +9,20 @@ from typing import Any
 
 import pytest
 
-from flataudit.report import html, words
-from flataudit.results import AuditWarning, DataInfo, Gap, HeldoutFit, ModelInfo, PenaltyPoint
+from flataudit.report import figures, html, marks, tables, trend, words
+from flataudit.results import (
+    AuditWarning,
+    DataInfo,
+    Gap,
+    HeldoutFit,
+    Interval,
+    ModelInfo,
+    PenaltyPoint,
+    Shift,
+    SliceRow,
+    SliceTable,
+)
+from tests.report_cases import large, slice_table, with_everything
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "br", "line", "circle", "path", "rect", "use", "img", "link", "input"}
@@ -96,7 +108,7 @@ def test_nothing_missing_is_printed_as_none_or_nan(pages: dict[str, str]) -> Non
 
 def test_first_screen_answers_three_questions(pages: dict[str, str]) -> None:
     text = text_of(pages["calibrated"]).partition("Calibration and spectrum")[0]
-    for part in ("0.052", "nats per example", "0.041 to 0.064", "91.3 % [90.7, 91.9]",
+    for part in ("0.052", "nats per example", "0.041 to 0.064", "91.3 %", "90.7 to 91.9",
                  "0.263 [0.251, 0.274]", "Yes, rely on it", "Verdict: pass"):  # fmt: skip
         assert part in text
     text = text_of(pages["refused"]).partition("Calibration and spectrum")[0]
@@ -167,7 +179,7 @@ def test_observed_gap_stands_beside_the_estimators(pages: dict[str, str]) -> Non
     text = text_of(pages["regression"])
     assert "Observed measured on 89 held-out samples 0.0457 0.0610" in text
     assert "Held-out data, measured 5.440" in text
-    assert "Observed" not in text_of(pages["calibrated"])
+    assert "Observed measured" not in text_of(pages["calibrated"])
 
 
 def test_every_warning_shows_message_and_remedy(reports: Any, pages: dict[str, str]) -> None:
@@ -248,3 +260,140 @@ def test_groups_of_the_training_record_are_rows(change: Any) -> None:
     page = html.render(report, {})
     assert "Other 0.bias, &lt;b&gt;" in page
     assert "weight decay 0, sum of rates 2.5" in page
+
+
+def section(page: str, name: str) -> str:
+    """The visible text of one section."""
+    found = page.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+    return re.sub(r"\s+", " ", " ".join(outline(f"<div>{found}</div>").text)).strip()
+
+
+def test_the_page_with_everything(pages: dict[str, str]) -> None:
+    page = html.render(*with_everything())
+    found = outline(page)
+    assert len(found.ids) == len(set(found.ids))
+    assert {link.removeprefix("#") for link in found.links} <= set(found.ids)
+    assert len(page.encode()) < 1_000_000
+
+
+def test_the_largest_page_is_below_one_megabyte() -> None:
+    assert len(html.render(*large()).encode()) < 1_000_000
+
+
+def test_classes_and_slices_show_the_worst_first_and_fold_the_rest(change: Any) -> None:
+    text = section(html.render(change(), {}), "slices")
+    assert text == ""
+    row = SliceRow("7", 120, 0.2, 0.1234, 0.05, 0.91, Interval(0.88, 0.821, 0.922))
+    few = SliceRow("3", 1, 0.2, 0.9, None, 1.0, Interval(0.0, 0.0, 0.73))
+    report = change(classes=SliceTable("class", "loo", 0.06, (row, few)))
+    text = section(html.render(report, {}), "slices")
+    assert "7 120 91.0 % 88.0 % [82.1, 92.2] 0.123 0.050" in text
+    assert "3 few samples 1 100.0 % 0.0 % [0.0, 73.0] 0.900 –" in text
+    assert "over all samples it is 0.060" in text
+    assert "the estimate used above is 0.052" in text  # the soft rank's
+    assert "slices of fewer than 10 samples last" in text
+    report = change(slices=(slice_table("shop", 40),))
+    page = html.render(report, {})
+    assert "By shop" in page
+    assert "28 more, with smaller gaps or few samples" in page
+    places = [page.index(f"shop {i}<") for i in (0, 5, 39)]
+    assert places == sorted(places)
+
+
+def test_slices_of_regression_have_no_accuracy(reports: Any) -> None:
+    report, display = reports["regression"]
+    row = {"value": "a", "n": 50, "train_nll": 5.0, "gap": 0.02, "gap_se": 0.01,
+           "train_accuracy": None, "predicted_accuracy": None}  # fmt: skip
+    table = {"column": "shop", "estimator": "loo", "gap": 0.031, "rows": [row]}
+    text = section(html.render(report | {"slices": [table]}, display), "slices")
+    assert "Accuracy" not in text
+    assert "the estimate used above" not in text  # it is this one
+
+
+def test_names_of_slices_and_history_are_escaped(change: Any) -> None:
+    row = SliceRow(EVIL, 12, 0.2, 0.1, 0.05, 0.9, None)
+    report = change(slices=(SliceTable(EVIL, "tic", 0.06, (row,)),))
+    past = {"version": EVIL, "audited_at": EVIL, "verdict": EVIL, "confidence": EVIL, "gap": 0.05,
+            "gap_low": None, "gap_high": None, "heldout_gap": None}  # fmt: skip
+    page = html.render(report, {}, [past])
+    assert "<script" not in page
+    outline(page)
+
+
+def test_a_report_of_before_has_no_slices_and_still_renders(reports: Any) -> None:
+    report, display = reports["calibrated"]
+    old = {key: value for key, value in report.items() if key not in ("classes", "slices", "shift")}
+    assert 'id="slices"' not in html.render(old, display)
+
+
+def test_held_out_inputs_are_compared(change: Any) -> None:
+    text = section(html.render(change(), {}), "assumptions")
+    assert "Not tested: no held-out data were given (--heldout)." in text
+    moved = Shift(0.002, 5.1, 3, 17, 0.21, 0.3, 784)
+    text = section(html.render(change(shift=moved), {}), "assumptions")
+    assert "Held-out inputs differ from training p 0.002" in text
+    assert "Features that moved 3 of 784" in text
+    assert "number 17 distribution functions differ by 21.0 %" in text
+    same = Shift(0.4, 1.0, 0, 3, 0.02, 0.0, 784)
+    assert "no difference found" in section(html.render(change(shift=same), {}), "assumptions")
+
+
+def test_history_is_newest_first_with_what_came_true(change: Any) -> None:
+    page = html.render(change(), {})
+    assert "This is the first audit of this model that is on record." in section(page, "history")
+    _, _, history = with_everything()
+    page = html.render(change(), {}, history)
+    text = section(page, "history")
+    assert "3 this audit pass 0.052 [0.041, 0.064] – ok" in text
+    assert "3 2026-09-03 08:00 pass 0.050 [0.040, 0.070] 0.060 ok" in text
+    assert text.index("2026-09-03") < text.index("2026-03-03")
+    assert "Predicted gap of 8 audits of this model: from 0.110 to 0.052" in page
+    later = [history[1] | {"observed_gap": 0.0815}]
+    assert "0.082" in section(html.render(change(), {}, later), "history")
+
+
+def test_a_trend_needs_two_audits(change: Any) -> None:
+    assert trend.trend_svg(change(), []) is None
+    nan = float("nan")
+    report = change(gap=Gap(nan, nan, nan, 0.9, "tic", "none"))
+    past = {"version": "1", "audited_at": None, "gap": 0.1, "gap_low": None, "gap_high": None}
+    assert trend.trend_svg(report, [past]) is None
+    drawn = trend.trend_svg(change(), [past] * 40)
+    assert drawn is not None
+    assert f"of {trend.SHOWN} audits" in drawn
+
+
+def test_every_picture_has_its_numbers_as_a_table(pages: dict[str, str]) -> None:
+    page = pages["calibrated"]
+    table = page.partition("Reliability in numbers</summary>")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 16
+    shares = page.partition("Share of the soft rank by eigenvalue</summary>")[2]
+    rows = re.findall(r'row">([\d ]+ %)</th><td class="n">([\d,]+) of 4,000', shares)
+    assert [part for part, _ in rows] == ["25 %", "50 %", "75 %", "90 %", "99 %"]
+    ratios = [4.278e4 * i**-2.0 for i in range(1, 4001)]
+    used = [r / (1 + r) for r in ratios]
+    for part, count in rows:
+        k, share = int(count.replace(",", "")), float(part.removesuffix(" %")) / 100
+        assert sum(used[:k]) >= share * sum(used) > sum(used[: k - 1])
+    assert "PIT histogram in numbers" in pages["regression"]
+
+
+def test_shares_without_a_spectrum() -> None:
+    assert figures.share_rows({}) == []
+    assert figures.share_rows({"spectrum": {"ratios": None}}) == []
+
+
+def test_the_observed_gap_is_a_line_through_all_estimators(pages: dict[str, str]) -> None:
+    assert pages["regression"].count('class="level"') == 4  # three estimators and the observed
+    assert 'class="level"' not in pages["calibrated"]
+    limits = marks.scale([0.0, 1.0])
+    found = marks.mark(limits, 0.5, None, None, 1.0)
+    assert found is not None
+    assert (found["at"], found["line"]) == ("50.00%", f"{100 * 1.06 / 1.12:.2f}%")
+
+
+def test_points_of_the_history_are_oldest_first(change: Any) -> None:
+    _, _, history = with_everything()
+    found = tables.points(change(), history)
+    assert [row["audited_at"][:7] for row in found[:-1]] == [f"2026-0{i}" for i in range(3, 10)]
+    assert found[-1]["this"]
