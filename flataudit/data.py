@@ -79,16 +79,30 @@ def load_data(
         InputError: whatever is missing, empty or not numeric, in one line.
         StoreError: MLflow cannot be read.
     """
+    check_data(spec)
     if spec == "mlflow":
         return _from_mlflow(source, target)
     path = Path(spec).expanduser()
     if path.suffix.lower() in (".npz", ".csv", ".parquet"):
         x, y = _from_file(path, target)
         return Dataset(x, y, str(path.absolute()))
-    if _FUNCTION.fullmatch(spec):
-        x, y = _from_function(spec)
-        return Dataset(x, y, spec)
-    raise InputError(f"expected data as {FORMS}, got {spec!r}; convert it to one of these")
+    x, y = _from_function(spec)
+    return Dataset(x, y, spec)
+
+
+def check_data(spec: str) -> None:
+    """What can be known of the data that `spec` names without reading them or running any code.
+
+    Raises:
+        InputError: no form of data, or a file that is missing or empty.
+    """
+    path = Path(spec).expanduser()
+    if spec == "mlflow":
+        return
+    if path.suffix.lower() in (".npz", ".csv", ".parquet"):
+        _check_file(path)
+    elif not _FUNCTION.fullmatch(spec):
+        raise InputError(f"expected data as {FORMS}, got {spec!r}; convert it to one of these")
 
 
 def digest_of(x: Any, y: Any) -> str:
@@ -198,13 +212,17 @@ def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
         raise InputError(
             f"expected a .npz, .csv or .parquet file, got {path}; convert it to one of these"
         )
+    _check_file(path)
+    if suffix == ".npz":
+        return _from_npz(path)
+    return _from_table(_read_table(path), target, path)
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, got none; check the path")
     if path.stat().st_size == 0:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
-    if suffix == ".npz":
-        return _from_npz(path)
-    return _from_table(_read_table(path), target, path)
 
 
 def _from_npz(path: Path) -> tuple[Features, Array]:

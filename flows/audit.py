@@ -52,7 +52,8 @@ def audit_flow(
     seed: int = 0,
     recalibrate: bool = False,
     sensitivity: str | bool = "auto",
-    deadline: float | None = None,
+    deadline: float = 86400.0,
+    memory_limit: int | str | None = None,
     tracking_uri: str | None = None,
 ) -> Json:
     """One audit; options and errors as on the command line.
@@ -75,6 +76,7 @@ def audit_flow(
             "recalibrate": recalibrate,
             "sensitivity": sensitivity,
             "deadline": deadline,
+            "memory_limit": memory_limit,
             "tracking_uri": tracking_uri,
         },
         "flow parameters",
