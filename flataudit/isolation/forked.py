@@ -20,9 +20,7 @@ from flataudit.isolation.messages import Late, parsed, python
 Json = dict[str, Any]
 
 # Read when a library is loaded: a server that was started under other values cannot serve.
-AT_IMPORT = re.compile(
-    r"(OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|NUMEXPR|LD|PYTHON|TORCH|PYTORCH|CUDA|MPL)_?[A-Z].*"
-)
+AT_IMPORT = re.compile(r"(OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|NUMEXPR|TORCH|PYTORCH|CUDA)_.*")
 PATIENCE = 2.0  # seconds that an ended call waits for its processes to be gone
 POLL = 0.5  # seconds after which a waiting thread can be interrupted by an exception from another
 
