@@ -102,7 +102,7 @@ def hang(file, progress):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     grandchild = subprocess.run(
-        ["sh", "-c", "sleep 1000 >/dev/null & echo $!"], capture_output=True, text=True
+        ["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True
     )
     part = Path(f"{file}.part")
     part.write_text(f"{os.getpid()} {child.pid} {grandchild.stdout.strip()}")
