@@ -15,7 +15,7 @@ from typing import Any
 
 from flataudit import isolation
 from flataudit.config import AuditOptions, make_options
-from flataudit.errors import AuditFailedError, DeadlineError, FlatauditError, InputError
+from flataudit.errors import AuditFailedError, FlatauditError, InputError
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -98,16 +98,11 @@ def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> J
     """
     chosen = AuditOptions(**options)
     limit = _memory_limit(chosen)
-    left = chosen.deadline - loaded["seconds"]
-    if left <= 0:
-        raise DeadlineError(
-            f"expected the audit to end within {chosen.deadline:g} s, got"
-            f" {loaded['seconds']:.3g} s for finding the model alone; raise --deadline"
-        )
     found: Json = isolation.run(
         "flataudit.stages:estimate_here",
         {"loaded": loaded, "options": options, "memory_limit": limit},
-        deadline=left,
+        deadline=chosen.deadline,
+        spent=loaded["seconds"],
         memory_limit=limit,
         progress=progress,
         preload=PRELOAD,

@@ -36,6 +36,7 @@ def run(
     arguments: Any,
     *,
     deadline: float | None = None,
+    spent: float = 0.0,
     memory_limit: int | None = None,
     progress: Progress | None = None,
     preload: Sequence[str] = (),
@@ -50,8 +51,9 @@ def run(
     Args:
         function: `module:function`, importable in the child; called with `arguments` and a
             function that hands its arguments to `progress`.
-        arguments: Plain JSON, as is the result.
+        arguments: Plain JSON, as is the result, which holds no NaN or infinity.
         deadline: Seconds, the start of the child included.
+        spent: How many of them are gone already.
         memory_limit: Bytes that the child and its descendants may hold in RAM.
         progress: Called in this process, in the calling thread.
         preload: Modules that the server imports before the first call.
@@ -63,7 +65,7 @@ def run(
         DeadlineError, MemoryLimitError: it was stopped.
         InputError: a memory limit where none can be kept.
     """
-    ends = None if deadline is None else time.monotonic() + deadline
+    ends = None if deadline is None else time.monotonic() + deadline - spent
     scratch = tempfile.mkdtemp(prefix="flataudit-")
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
     request = {
@@ -79,7 +81,7 @@ def run(
         "preload": list(preload),
     }
     try:
-        line = json.dumps(request, allow_nan=False).encode() + b"\n"
+        line = json.dumps(request).encode() + b"\n"
         with children.call(request, line, ends) as messages:
             return _answer(messages, progress, name, memory_limit)
     except Late:
