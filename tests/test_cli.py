@@ -622,3 +622,21 @@ def test_process_in_a_folder_without_a_store(tmp_path):
     assert done.code == 2
     assert "a registered model 'digits', got none" in done.line
     assert [path.name for path in tmp_path.iterdir()] == ["flataudit-store"]
+
+
+def test_process_does_not_import_what_its_child_does(models, tmp_path):
+    """The imports are made once, in parallel; and what was not asked for is not imported."""
+    code = (
+        "import sys\n"
+        "from flataudit import cli\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, *sorted({'torch', 'netcal', 'sklearn', 'skops'} & set(sys.modules)))\n"
+    )
+    arguments = ["audit", "models:/good/1", "--train", models.data, "--no-log", "--json", "a.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env=environment(MLFLOW_TRACKING_URI=models.uri), timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0", done.stderr
