@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from flataudit.errors import InputError
 
@@ -15,7 +15,8 @@ class AuditOptions(BaseModel):
     """Options with the contract's names and defaults; unknown names are refused.
 
     penalty: 'auto', a number or {parameter name: number}; training: 'auto' reads the model's
-    source run, else a mapping, a file or KEY=VALUE,... text, or None for no record.
+    source run, else a mapping, a file or KEY=VALUE,... text, or None for no record; deadline:
+    seconds, of the whole audit; memory_limit: bytes, or text with a unit (8GB, 8GiB).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +33,9 @@ class AuditOptions(BaseModel):
     recalibrate: bool = False
     sensitivity: Literal["auto"] | bool = "auto"
     slices: str | None = None  # COLUMN of the training data, or FILE:COLUMN
-    deadline: float | None = Field(default=None, gt=0, le=1e6)  # seconds; above, timers overflow
+    # A day: longer than any exact audit that fits into memory takes, and a hang ends all the same.
+    deadline: float = Field(default=86400.0, gt=0, le=1e6)  # seconds; above, timers overflow
+    memory_limit: Annotated[ByteSize, Field(gt=0), AfterValidator(int)] | None = None
     tracking_uri: str | None = None
 
 

@@ -89,6 +89,7 @@ def load_data(
         InputError: whatever is missing, empty or not numeric, in one line.
         StoreError: MLflow cannot be read.
     """
+    check_data(spec)
     if spec == "mlflow":
         return _from_mlflow(source, target, slices)
     path = Path(spec).expanduser()
@@ -96,10 +97,23 @@ def load_data(
     if path.suffix.lower() in SUFFIXES:
         x, y = _from_file(path, target, as_table, slices)
         return Dataset(x, y, str(path.absolute()), path=path)
-    if _FUNCTION.fullmatch(spec):
-        x, y = _from_function(spec)
-        return Dataset(x, y, spec)
-    raise InputError(f"expected data as {FORMS}, got {spec!r}; convert it to one of these")
+    x, y = _from_function(spec)
+    return Dataset(x, y, spec)
+
+
+def check_data(spec: str) -> None:
+    """What can be known of the data that `spec` names without reading them or running any code.
+
+    Raises:
+        InputError: no form of data, or a file that is missing or empty.
+    """
+    path = Path(spec).expanduser()
+    if spec == "mlflow":
+        return
+    if path.suffix.lower() in SUFFIXES:
+        _check_file(path)
+    elif not _FUNCTION.fullmatch(spec):
+        raise InputError(f"expected data as {FORMS}, got {spec!r}; convert it to one of these")
 
 
 def digest_of(x: Any, y: Any) -> str:
@@ -242,13 +256,17 @@ def _from_file(
         raise InputError(
             f"expected a .npz, .csv or .parquet file, got {path}; convert it to one of these"
         )
+    _check_file(path)
+    if suffix == ".npz":
+        return _from_npz(path, slices)
+    return _from_table(_read_table(path), target, str(path), as_table, slices)
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"expected a data file at {path}, got none; check the path")
     if path.stat().st_size == 0:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
-    if suffix == ".npz":
-        return _from_npz(path, slices)
-    return _from_table(_read_table(path), target, str(path), as_table, slices)
 
 
 def _from_npz(path: Path, slices: str | None) -> tuple[Features, Array]:

@@ -51,5 +51,9 @@ class DeadlineError(FlatauditError):
     """The audit ran past its deadline and was stopped."""
 
 
+class MemoryLimitError(AuditFailedError):
+    """The audit used more memory than its limit and was stopped."""
+
+
 class StoreError(FlatauditError):
     """MLflow could not be read or written; an earlier verdict was left untouched."""

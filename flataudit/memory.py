@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
+from flataudit.processes import proportional_bytes
+
 # Left to the rest of the process and to the libraries' work arrays.
 HEADROOM = 0.85
+
+_LIMIT: ContextVar[int | None] = ContextVar("memory limit", default=None)
+
+
+@contextmanager
+def limited_to(n_bytes: int | None) -> Iterator[None]:
+    """Lets `available_bytes` count on so much RAM for this process, what it holds included.
+
+    It plans only: nothing here keeps the process below.
+    """
+    token = _LIMIT.set(n_bytes)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
 
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now: free GPU memory, or available RAM.
 
-    On Linux a control group's limit counts as well, since a container sees the host's memory.
+    On Linux a control group's limit counts as well, since a container sees the host's memory,
+    and so does the limit of `limited_to`, less what this process holds.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * HEADROOM)
     free = _meminfo()
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_free()
-    return int((free if limit is None else min(free, limit)) * HEADROOM)
+    limit = _LIMIT.get()
+    left = None if limit is None else max(0, limit - proportional_bytes())
+    bounds = [bound for bound in (free, _cgroup_free(), left) if bound is not None]
+    return int(min(bounds) * HEADROOM)
 
 
 def human(n_bytes: float) -> str:

@@ -2,83 +2,113 @@
 
 The command line calls them in order; the Prefect flow wraps each into a task. Nothing is written
 before the estimate is complete, and a failure that is not the user's leaves an error on record.
+The code of models and of data functions runs in a child process only (`flataudit.isolation`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from flataudit import errors
-from flataudit.config import AuditOptions
-from flataudit.errors import AuditFailedError, DeadlineError, FlatauditError, InputError
+from flataudit import isolation
+from flataudit.config import AuditOptions, make_options
+from flataudit.errors import AuditFailedError, FlatauditError, InputError
 
 Json = dict[str, Any]
-Progress = Callable[[str], None]
+Progress = Callable[..., None]
+
+MEMORY_VARIABLE = "FLATAUDIT_MEMORY_LIMIT"
+# What an audit imports, and what takes long among that which its libraries import only when used.
+PRELOAD = (
+    "flataudit.stages",
+    "flataudit.audit",
+    "flataudit.data",
+    "flataudit.models.classes",
+    "flataudit.models.registry",
+    "flataudit.provenance",
+    "alembic.command",
+    "netcal.metrics",
+    "mlflow",
+    "mlflow.pytorch",
+    "mlflow.sklearn",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "pandas",
+    "pyarrow.parquet",
+    "scipy.linalg",
+    "scipy.optimize",
+    "scipy.special",
+    "scipy.stats",
+    "skops.io",
+    "sqlalchemy.dialects.sqlite",
+    "torch.export",
+    "torch.func",
+    "torch.nn.attention",
+)
+
+
+def prestart() -> None:
+    """Starts the imports of the audit's process while this one looks the model up."""
+    isolation.prestart(PRELOAD)
 
 
 def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json:
-    """Resolves the model and checks the data and the training record; downloads what is needed.
+    """Resolves the model, downloads it where needed, and checks what costs nothing to check.
 
-    Returns {source, train, heldout, training, training_origin}.
+    Returns {source, train, heldout, training, seconds}; training is the record given, None where
+    it is read from the source run. The data are read once, by `estimate`.
 
     Raises:
-        InputError: no such model, version, file or column.
+        InputError: no such model, version or file, or a training record that is not one.
         StoreError: MLflow cannot be reached.
     """
-    from flataudit.columns import own_column, read_slices
-    from flataudit.data import load_data
+    from flataudit.data import check_data
     from flataudit.models import registry
-    from flataudit.slices import group_by
     from flataudit.store import use_tracking
     from flataudit.training import parse_training
 
+    started = time.perf_counter()
     chosen = AuditOptions(**options)
+    _memory_limit(chosen)
     use_tracking(chosen.tracking_uri)
     source = registry.resolve(model_uri)
-    own = own_column(chosen.slices)
-    data = load_data(train, target=chosen.target, source=source, slices=own)
-    group_by(read_slices(chosen.slices, data), len(data.y))
-    if heldout:
-        load_data(heldout, target=chosen.target, source=source, slices=own)
-    training: Json | None = None
-    origin = "argument"
-    if chosen.training == "auto":
-        record, origin = registry.training_record(source, len(data.y))
-        training = None if record is None else record.to_record()
-    elif chosen.training is not None:
-        training = parse_training(chosen.training).to_record()
+    for data in filter(None, (train, heldout)):
+        check_data(data)
+    given = chosen.training if chosen.training != "auto" else None
     return {
         "source": source.to_dict(),
         "train": train,
         "heldout": heldout or None,
-        "training": training,
-        "training_origin": origin,
+        "training": None if given is None else parse_training(given).to_record(),
+        "seconds": time.perf_counter() - started,
     }
 
 
 def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    """Audits the loaded model: {report, display, seconds}; in a child process under a deadline.
+    """Audits the loaded model in a child process: {report, display, seconds}.
 
     Raises:
-        DeadlineError: the audit ran past `deadline` seconds and its process was killed (torch
-            does not stop on a timeout from within).
+        DeadlineError: load and estimate together took longer than `deadline`; the child and all
+            processes that it started were killed.
+        MemoryLimitError: they held more than `memory_limit`, else FLATAUDIT_MEMORY_LIMIT.
+        AuditFailedError: the child crashed.
     """
-    deadline = AuditOptions(**options).deadline
-    return (
-        _estimate(loaded, options, progress)
-        if deadline is None
-        else _estimate_within(deadline, loaded, options)
+    chosen = AuditOptions(**options)
+    limit = _memory_limit(chosen)
+    found: Json = isolation.run(
+        "flataudit.stages:estimate_here",
+        {"loaded": loaded, "options": options, "memory_limit": limit},
+        deadline=chosen.deadline,
+        spent=loaded["seconds"],
+        memory_limit=limit,
+        progress=progress,
+        preload=PRELOAD,
+        name="the audit",
     )
+    return found
 
 
 def log(loaded: Json, result: Json, options: Json) -> str:
@@ -155,78 +185,12 @@ def _asked(loaded: Json, options: Json) -> Json:
     return options | {"train": loaded["train"], "heldout": loaded["heldout"]}
 
 
-def _estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    from flataudit.audit import audit
-    from flataudit.columns import own_column, read_slices
-    from flataudit.data import load_data
-    from flataudit.models.classes import class_names
-    from flataudit.models.registry import ModelSource, load_model
-    from flataudit.provenance import data_warnings
-    from flataudit.store import use_tracking
-
-    started = time.perf_counter()
-    chosen = AuditOptions(**options)
-    use_tracking(chosen.tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
-    model = load_model(source)
-    own = own_column(chosen.slices)
-    train = load_data(loaded["train"], target=chosen.target, source=source, slices=own)
-    heldout = None
-    if loaded["heldout"]:
-        heldout = load_data(loaded["heldout"], target=chosen.target, source=source, slices=own)
-    classes = class_names(source, model) if train.y.dtype.kind == "U" else None
-    found = audit(
-        model,
-        train.pair,
-        heldout=None if heldout is None else heldout.pair,
-        family=chosen.family,
-        penalty=chosen.penalty,
-        dispersion=chosen.dispersion,
-        training=loaded["training"],
-        curvature=chosen.curvature,
-        solver=chosen.solver,
-        device=chosen.device,
-        seed=chosen.seed,
-        recalibrate=chosen.recalibrate,
-        sensitivity=chosen.sensitivity,
-        progress=progress,
-        classes=classes,
-        slices=read_slices(chosen.slices, train),
-    )
-    report = found.to_dict()
-    report["model"] |= source.report_fields()
-    report["warnings"] = data_warnings(report, train, source) + report["warnings"]
-    if report["penalty"]["source"] == "evidence":
-        report["penalty"]["assumptions"].append(f"no training record: {loaded['training_origin']}")
-    seconds = time.perf_counter() - started
-    return {"report": report, "display": dict(found.display), "seconds": seconds}
-
-
-def _estimate_within(deadline: float, loaded: Json, options: Json) -> Json:
-    with tempfile.TemporaryDirectory(prefix="flataudit-") as folder:
-        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request.write_text(json.dumps({"loaded": loaded, "options": options}), encoding="utf-8")
-        files = [str(request), str(answer)]
-        command = [sys.executable, "-m", "flataudit.stages", *files, str(os.getpid())]
-        try:
-            child = subprocess.run(
-                command, timeout=deadline, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
-        except subprocess.TimeoutExpired:
-            raise DeadlineError(
-                f"expected the audit to end within {deadline:g} s, got no result by then and"
-                " stopped it; raise --deadline or audit fewer samples"
-            ) from None
-        if not answer.exists():
-            last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise AuditFailedError(
-                f"expected a result from the audit's process, got exit code {child.returncode}"
-                f" ({' '.join(last)[:200]}); likely out of memory: audit fewer samples"
-            )
-        result: Json = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in result:
-        raise getattr(errors, result["error"])(result["message"])
-    return result
+def _memory_limit(chosen: AuditOptions) -> int | None:
+    """The option, else the environment of the machine that audits."""
+    if chosen.memory_limit is not None:
+        return chosen.memory_limit
+    given = os.environ.get(MEMORY_VARIABLE)
+    return make_options({"memory_limit": given}, MEMORY_VARIABLE).memory_limit
 
 
 def _failed(error: Exception) -> AuditFailedError:
@@ -237,28 +201,55 @@ def _failed(error: Exception) -> AuditFailedError:
     )
 
 
-def _child(request: Path, answer: Path) -> None:
-    """The child of `_estimate_within`: writes the answer, or the error by its class."""
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    result: Json
-    try:
-        result = _estimate(asked["loaded"], asked["options"])
-    except FlatauditError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    except Exception as error:
-        result = {"error": "AuditFailedError", "message": str(_failed(error))}
-    part = answer.with_suffix(".part")
-    part.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-    os.replace(part, answer)
+def estimate_here(asked: Json, progress: Progress) -> Json:
+    """`estimate` in this process: the model's code runs here, and whatever it does stays done."""
+    from flataudit.audit import audit
+    from flataudit.columns import own_column, read_slices
+    from flataudit.data import load_data
+    from flataudit.memory import limited_to
+    from flataudit.models.classes import class_names
+    from flataudit.models.registry import ModelSource, load_model, training_record
+    from flataudit.provenance import data_warnings
+    from flataudit.store import use_tracking
 
-
-def _end_after(parent: int) -> None:
-    """Ends this process when its parent has gone, who alone keeps the deadline."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    threading.Thread(target=_end_after, args=(int(sys.argv[3]),), daemon=True).start()
-    _child(Path(sys.argv[1]), Path(sys.argv[2]))
+    started = time.perf_counter()
+    loaded, chosen = asked["loaded"], AuditOptions(**asked["options"])
+    use_tracking(chosen.tracking_uri)
+    source = ModelSource.from_dict(loaded["source"])
+    model = load_model(source)
+    own = own_column(chosen.slices)
+    train = load_data(loaded["train"], target=chosen.target, source=source, slices=own)
+    heldout = None
+    if loaded["heldout"]:
+        heldout = load_data(loaded["heldout"], target=chosen.target, source=source, slices=own)
+    training, origin = loaded["training"], "argument"
+    if chosen.training == "auto":
+        record, origin = training_record(source, len(train.y))
+        training = None if record is None else record.to_record()
+    classes = class_names(source, model) if train.y.dtype.kind == "U" else None
+    with limited_to(asked["memory_limit"]):
+        found = audit(
+            model,
+            train.pair,
+            heldout=None if heldout is None else heldout.pair,
+            family=chosen.family,
+            penalty=chosen.penalty,
+            dispersion=chosen.dispersion,
+            training=training,
+            curvature=chosen.curvature,
+            solver=chosen.solver,
+            device=chosen.device,
+            seed=chosen.seed,
+            recalibrate=chosen.recalibrate,
+            sensitivity=chosen.sensitivity,
+            progress=progress,
+            classes=classes,
+            slices=read_slices(chosen.slices, train),
+        )
+    report = found.to_dict()
+    report["model"] |= source.report_fields()
+    report["warnings"] = data_warnings(report, train, source) + report["warnings"]
+    if report["penalty"]["source"] == "evidence":
+        report["penalty"]["assumptions"].append(f"no training record: {origin}")
+    seconds = time.perf_counter() - started
+    return {"report": report, "display": dict(found.display), "seconds": seconds}

@@ -53,7 +53,8 @@ def audit_flow(
     recalibrate: bool = False,
     sensitivity: str | bool = "auto",
     slices: str | None = None,
-    deadline: float | None = None,
+    deadline: float = 86400.0,
+    memory_limit: int | str | None = None,
     tracking_uri: str | None = None,
 ) -> Json:
     """One audit; options and errors as on the command line.
@@ -77,6 +78,7 @@ def audit_flow(
             "sensitivity": sensitivity,
             "slices": slices,
             "deadline": deadline,
+            "memory_limit": memory_limit,
             "tracking_uri": tracking_uri,
         },
         "flow parameters",

@@ -1,6 +1,5 @@
 """The command line: exit codes, what is printed where, and what is left in the registry."""
 
-import importlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from mlflow import MlflowClient
 
 from flataudit import cli, stages, tracking
 from flataudit.errors import NumericalError
-from tests.shells import DESCRIPTION, ROOT, content, environment, make_models, untimed
+from tests.shells import DESCRIPTION, content, environment, make_models, untimed
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ def run(models, monkeypatch, tmp_path, capfd):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the child of --deadline
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(cli, "_quiet", lambda: None)  # warnings would be errors, as in all tests
 
@@ -86,14 +84,21 @@ def audit(run, models):
 
 
 @pytest.fixture
-def broken(monkeypatch):
-    """Makes the audit itself raise `error`."""
+def broken(models, run):
+    """Data whose loading makes the audit itself, in its process, raise `error`."""
 
     def make(error):
-        def raises(*_, **__):
-            raise error
-
-        monkeypatch.setattr(importlib.import_module("flataudit.audit"), "audit", raises)
+        Path("broken_data.py").write_text(
+            "import importlib, numpy\n"
+            "from flataudit.errors import *\n"
+            "def raises(*_, **__):\n"
+            f"    raise {type(error).__name__}(*{error.args!r})\n"
+            "def load():\n"
+            "    importlib.import_module('flataudit.audit').with_indices = raises\n"
+            f"    data = numpy.load({models.data!r})\n"
+            "    return data['x'], data['y']\n"
+        )
+        return "broken_data:load"
 
     return make
 
@@ -283,8 +288,7 @@ def test_a_store_that_fails_while_the_result_is_written(audit, client, monkeypat
 def test_an_audit_that_breaks(audit, client, broken, tmp_path, error, expected):
     assert audit("--json", "-").code == 0
     assert "flataudit.gap" in state(client)[0]
-    broken(error)
-    done = audit()
+    done = audit(train=broken(error))
     assert done.code == 3
     assert expected in done.line
     tags, description, _ = state(client)
@@ -300,9 +304,8 @@ def test_an_audit_that_breaks(audit, client, broken, tmp_path, error, expected):
 
 
 def test_an_audit_that_breaks_unlogged(audit, models, broken):
-    broken(RuntimeError("no"))
     before = content(models)
-    assert audit("--no-log").code == 3
+    assert audit("--no-log", train=broken(RuntimeError("no"))).code == 3
     assert content(models) == before
 
 
@@ -323,78 +326,59 @@ def test_a_bug_is_one_line_too(audit, models, monkeypatch):
 # --- the deadline -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def children(monkeypatch):
-    """The processes that the stages start."""
-    started = []
-
-    class Recorded(subprocess.Popen):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            started.append(self)
-
-    monkeypatch.setattr(stages.subprocess, "Popen", Recorded)
-    return started
-
-
-def gone(child):
-    """Killed by a signal, waited for, and no such process any more."""
-    assert child.returncode is not None
-    assert child.returncode < 0
-    with pytest.raises(ProcessLookupError):
-        os.kill(child.pid, 0)
-    return True
-
-
-def test_past_the_deadline_the_audit_is_killed(audit, client, children):
-    done = audit("--deadline", "0.5", "--json", "report.json")
+def test_past_the_deadline_the_audit_is_killed(audit, client):
+    done = audit("--deadline", "0.5", "--json", "report.json", train=busy("time.sleep(1)"))
     assert done.code == 3
     assert "expected the audit to end within 0.5 s" in done.line
-    (child,) = children
-    assert gone(child)
     assert not Path("report.json").exists()
     tags, _, _ = state(client)
     assert tags["flataudit.verdict"] == "error"
     assert runs(client)[0].info.status == "FAILED"
 
 
-@pytest.mark.slow
-def test_a_long_tensor_operation_is_killed_too(audit, client, children, tmp_path, models):
-    """The data loads at once in this process, and multiplies matrices for ever in the child."""
+def busy(statement):
+    """Data that write the pid of the process that loads them, and never come."""
     Path("busy_data.py").write_text(
-        "import os, pathlib, numpy, torch\n"
+        "import os, pathlib, time, torch\n"
         "def load():\n"
-        "    seen = pathlib.Path('pid')\n"
-        "    if seen.exists():\n"
-        "        seen.write_text(str(os.getpid()))\n"
-        "        a = torch.eye(3000)\n"
-        "        while True:\n"
-        "            a = a @ a\n"
-        "    seen.write_text('')\n"
-        f"    data = numpy.load({models.data!r})\n"
-        "    return data['x'], data['y']\n"
+        "    pathlib.Path('part').write_text(str(os.getpid()))\n"
+        "    os.replace('part', 'pid')\n"
+        "    a = torch.eye(3000)\n"
+        "    while True:\n"
+        f"        {statement}\n"
     )
-    done = audit("--deadline", "30", train="busy_data:load")
+    return "busy_data:load"
+
+
+def test_a_long_tensor_operation_is_killed_too(audit, client):
+    assert audit("--json", "-").code == 0  # the process's imports are done
+    done = audit("--deadline", "5", train=busy("a = a @ a"))
     assert done.code == 3
-    (child,) = children
-    assert Path("pid").read_text() == str(child.pid)
-    assert gone(child)
+    child = int(Path("pid").read_text())
+    assert child != os.getpid()
+    assert soon(lambda: ended(child), 20)
     assert state(client)[0]["flataudit.verdict"] == "error"
+
+
+def test_beyond_the_memory_limit_the_audit_is_killed(audit, client):
+    done = audit("--memory-limit", "1.5GB", train=busy("a = torch.cat([a, a])"))
+    assert done.code == 3
+    assert "expected the audit to stay within 1.50 GB of memory, got" in done.line
+    assert state(client)[0]["flataudit.verdict"] == "error"
+    done = audit("--memory-limit", "lots")
+    assert done.code == 2
+    assert "expected memory_limit in the options to be" in done.line
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 def test_the_child_does_not_outlive_a_command_that_is_ended(models, tmp_path):
     """As a scheduler ends it, by SIGTERM, while the child still has most of its deadline."""
     (tmp_path / "waiting_data.py").write_text(
-        "import os, pathlib, time, numpy\n"
+        "import os, pathlib, time\n"
         "def load():\n"
-        "    if pathlib.Path('seen').exists():\n"
-        "        pathlib.Path('part').write_text(str(os.getpid()))\n"
-        "        os.replace('part', 'pid')\n"
-        "        time.sleep(500)\n"
-        "    pathlib.Path('seen').touch()\n"
-        f"    data = numpy.load({models.data!r})\n"
-        "    return data['x'], data['y']\n"
+        "    pathlib.Path('part').write_text(str(os.getpid()))\n"
+        "    os.replace('part', 'pid')\n"
+        "    time.sleep(500)\n"
     )
     command = [sys.executable, "-m", "flataudit", "audit", "models:/good/1", "--train",
                "waiting_data:load", "--deadline", "600", "--tracking-uri", models.uri]  # fmt: skip
@@ -500,10 +484,11 @@ def test_on_a_terminal_the_report_is_text(audit, client):
 def test_a_report_of_before_stays_where_the_audit_fails(audit, broken):
     Path("report.json").write_text("of before")
     assert audit("--json", "report.json", "--penalty", "-1").code == 2
-    broken(RuntimeError("no"))
-    assert audit("--json", "report.json").code == 3
+    train = broken(RuntimeError("no"))
+    assert audit("--json", "report.json", train=train).code == 3
     assert Path("report.json").read_text() == "of before"
-    assert [path.name for path in Path.cwd().iterdir()] == ["report.json"]
+    left = {path.name for path in Path.cwd().iterdir()} - {"__pycache__"}
+    assert left == {"report.json", "broken_data.py"}
 
 
 def test_an_unwritable_place_is_found_before_any_work(audit, monkeypatch):
@@ -659,3 +644,24 @@ def test_an_unknown_column_is_one_line(audit):
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("flataudit: expected --slices to name a column of ")
     assert done.err.count("\n") == 1
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def test_process_does_not_import_what_its_child_does(models, tmp_path):
+    """The imports are made once, in parallel; and what was not asked for is not imported."""
+    code = (
+        "import sys\n"
+        "from flataudit import cli\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, *sorted({'torch', 'netcal', 'sklearn', 'skops'} & set(sys.modules)))\n"
+    )
+    arguments = ["audit", "models:/good/1", "--train", models.data, "--no-log", "--json", "a.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env=environment(MLFLOW_TRACKING_URI=models.uri), timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0", done.stderr

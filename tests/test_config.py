@@ -31,7 +31,8 @@ def test_nothing_given_is_auto_everywhere():
         "recalibrate": False,
         "sensitivity": "auto",
         "slices": None,
-        "deadline": None,
+        "deadline": 86400.0,
+        "memory_limit": None,
         "tracking_uri": None,
     }
 
@@ -138,3 +139,19 @@ def test_a_missing_yaml_file_and_a_folder(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         text = refused(lambda path=path: read_options(path))
         assert text.startswith("expected a YAML file, got none at")
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("2000000000", 2 * 10**9), (5, 5)],
+)
+def test_memory_limits_have_units(text, n_bytes):
+    found = make_options({"memory_limit": text}).memory_limit
+    assert found == n_bytes
+    assert type(found) is int  # as JSON gives it back
+
+
+@pytest.mark.parametrize("text", ["much", "8 elephants", "0", "-1", -5])
+def test_memory_limits_that_are_none(text):
+    with pytest.raises(InputError, match="expected memory_limit in options to be"):
+        make_options({"memory_limit": text})

@@ -311,7 +311,7 @@ def test_links_to_files_lead_somewhere():
 AUDIT = {
     "--train", "--heldout", "--target", "--family", "--penalty", "--dispersion", "--training",
     "--curvature", "--solver", "--device", "--config", "--json", "--no-log", "--deadline",
-    "--tracking-uri", "--sensitivity", "--slices",
+    "--tracking-uri", "--sensitivity", "--slices", "--memory-limit",
 }  # fmt: skip
 
 

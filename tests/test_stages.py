@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 import flataudit
 from flataudit import stages
@@ -22,15 +26,14 @@ from flataudit.errors import (
     NumericalError,
     StoreError,
 )
-from flataudit.models.registry import load_model, resolve
+from flataudit.models.registry import load_model, resolve, training_record
 from flataudit.stages import Stages, run_audit
-from tests.shells import ROOT, content, make_models, untimed
+from tests.shells import content, make_models, untimed
 
 
 @pytest.fixture
 def models(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the child of a deadline
     yield make_models()
     mlflow.set_tracking_uri(None)
 
@@ -63,9 +66,8 @@ def test_every_stage_gives_plain_json(models):
     assert plain(values)
     loaded = through_json(stages.load("models:/good@champion", "mlflow", models.heldout, values))
     assert plain(loaded)
-    assert set(loaded) == {"source", "train", "heldout", "training", "training_origin"}
+    assert set(loaded) == {"source", "train", "heldout", "training", "seconds"}
     assert loaded["source"]["uri"] == "models:/good/1"  # the alias may move; the version cannot
-    assert loaded["training"]["optimizer"] == "sgd"
     result = through_json(stages.estimate(loaded, values))
     assert plain(result)
     assert set(result) == {"report", "display", "seconds"}
@@ -84,7 +86,7 @@ def test_the_report_is_that_of_the_python_function(models):
         load_model(resolve("models:/good/1")),
         (models.x, models.y),
         heldout=(heldout["x"], heldout["y"]),
-        training=loaded["training"],
+        training=training_record(resolve("models:/good/1"), len(models.y))[0].to_record(),
     )
     expected = untimed(direct.to_dict())
     known = ("uri", "name", "version", "model_id", "flavor")
@@ -94,16 +96,14 @@ def test_the_report_is_that_of_the_python_function(models):
     assert report == expected
 
 
-def test_load_checks_the_record_and_finds_where_it_is_from(models):
+def test_load_checks_the_record_that_is_given(models):
     def loaded(**values):
         return stages.load("models:/good/1", models.data, None, options(models, **values)
                            .model_dump())  # fmt: skip
 
-    from_run = loaded()
-    assert (from_run["training"]["steps"], from_run["heldout"]) == (200, None)
-    assert "flataudit/training.json" in from_run["training_origin"]
+    assert (loaded()["training"], loaded()["heldout"]) == (None, None)  # read with the data
     given = loaded(training="optimizer=adam,sum_lr=3,batch_size=8")
-    assert (given["training"]["sum_lr"], given["training_origin"]) == (3.0, "argument")
+    assert given["training"]["sum_lr"] == 3.0
     given = loaded(training={"optimizer": "converged"})
     assert given["training"]["optimizer"] == "converged"
     with pytest.raises(InputError, match="optimizer"):
@@ -122,7 +122,7 @@ def test_without_a_record_the_reason_is_among_the_assumptions(models):
     assert loaded["training"] is None
     penalty = stages.estimate(loaded, values)["report"]["penalty"]
     assert penalty["source"] == "evidence"
-    assert f"no training record: {loaded['training_origin']}" in penalty["assumptions"]
+    assert "no training record: the model has no source run" in penalty["assumptions"]
 
 
 def test_data_that_changed_since_training_are_warned_of(models, monkeypatch):
@@ -131,7 +131,8 @@ def test_data_that_changed_since_training_are_warned_of(models, monkeypatch):
 
     values = options(models).model_dump()
     loaded = stages.load("models:/good/1", "mlflow", None, values)
-    codes = [w["code"] for w in stages.estimate(loaded, values)["report"]["warnings"]]
+    asked = {"loaded": loaded, "options": values, "memory_limit": None}
+    codes = [w["code"] for w in stages.estimate_here(asked, print)["report"]["warnings"]]
     assert "data_mismatch" not in codes
     from_mlflow = flataudit.data._from_mlflow
 
@@ -141,7 +142,7 @@ def test_data_that_changed_since_training_are_warned_of(models, monkeypatch):
         return found
 
     monkeypatch.setattr(flataudit.data, "_from_mlflow", changed)
-    report = stages.estimate(loaded, values)["report"]
+    report = stages.estimate_here(asked, print)["report"]
     assert "data_mismatch" in [w["code"] for w in report["warnings"]]
 
 
@@ -225,46 +226,157 @@ def test_failures_are_on_record(failures, error, write):
 # --- the child process --------------------------------------------------------------------------
 
 
-def test_a_child_that_dies_says_how(models):
-    """The data load in this process and end the child, as the kernel does when memory is out."""
-    Path("fatal_data.py").write_text(
-        "import os, numpy\n"
+CRASHES = {
+    "os._exit(9)": "got exit code 9",
+    "os.abort()": "got signal 6 (Aborted)",
+    "ctypes.string_at(0)": "got signal 11 (Segmentation fault)",
+    "sys.exit(0)": "got SystemExit: 0",
+    "os.kill(os.getpid(), 9)": "likely out of memory",
+    "time.sleep(1000)": "expected the audit to end within 3 s",
+    "[b'x' * 10**8 for _ in range(1000)]": "expected the audit to stay within 1.50 GB",
+}
+
+
+@pytest.mark.parametrize("where", ["data", "model"])
+@pytest.mark.parametrize("statement", CRASHES)
+def test_foreign_code_that_breaks_is_on_record(models, tmp_path, where, statement):
+    """In a data function, or in the code that came with the model, as it is unpickled."""
+    name = f"fatal_{abs(hash((where, statement)))}"
+    code = f"import ctypes, os, sys, time\ndef load(*_):\n    {statement}\n"
+    Path(f"{name}.py").write_text(code)
+    uri, data = "models:/good/2", f"{name}:load"
+    if where == "model":
+        uri, data = with_code(models, tmp_path / f"{name}.py"), models.data
+    slow = statement.startswith("time")
+    chosen = options(models, deadline=3 if slow else 300, memory_limit="1.5GB")
+    client = MlflowClient(models.uri)
+    with pytest.raises(FlatauditError) as caught:
+        run_audit(uri, data, None, chosen)
+    assert caught.value.exit_code == 3
+    assert CRASHES[statement] in str(caught.value)
+    tags = client.get_model_version(*uri.removeprefix("models:/").split("/")).tags
+    assert tags["flataudit.verdict"] == "error"
+    path = client.download_artifacts(
+        tags["flataudit.run_id"], "flataudit/error.json", str(tmp_path)
+    )
+    assert json.loads(Path(path).read_text())["error"] == str(caught.value)
+    assert name not in sys.modules
+
+
+def with_code(models, file):
+    """The URI of a version of the good network whose unpickling calls `load` of a module `file`,
+    which comes with it."""
+    folder = Path(stages.load("models:/good/1", models.data, None, options(models).model_dump())
+                  ["source"]["local_path"])  # fmt: skip
+    copy = Path(shutil.copytree(folder, file.parent / f"{file.stem}-model"))
+    (copy / "code").mkdir()
+    shutil.copy(file, copy / "code")
+    described = yaml.safe_load((copy / "MLmodel").read_text())
+    described["flavors"]["pytorch"]["code"] = "code"
+    for key in ("model_id", "run_id"):
+        described.pop(key, None)
+    (copy / "MLmodel").write_text(yaml.safe_dump(described))
+    call = f"c{file.stem}\nload\n(tR.".encode()  # protocol 0: the result of load()
+    (weights,) = (copy / "data").glob("*.pth")
+    weights.write_bytes(call)
+    client = MlflowClient(models.uri)
+    with suppress(MlflowException):
+        client.create_registered_model("fatal")
+    version = client.create_model_version("fatal", str(copy), run_id=None)
+    return f"models:/fatal/{version.version}"
+
+
+def test_two_models_with_modules_of_one_name(models, tmp_path, monkeypatch):
+    """Each gets its own; nothing of either stays here."""
+    found = []
+    stages.load("models:/good/1", models.data, None, options(models).model_dump())  # sets the store
+    before = list(sys.path), os.getcwd(), dict(os.environ)
+    for factor in (1.0, 2.0):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        (folder / "shipped_net.py").write_text(
+            "import os, torch\n"
+            "class Net(torch.nn.Linear):\n"
+            "    def forward(self, x):\n"
+            "        os.environ['SHIPPED'] = 'leaked'\n"
+            "        os.chdir('/')\n"
+            f"        return {factor} * super().forward(x)\n"
+        )
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(folder))
+            import shipped_net
+            import torch
+
+            torch.manual_seed(0)
+            mlflow.pytorch.save_model(
+                shipped_net.Net(3, 3), str(folder / "model"), serialization_format="pickle",
+                code_paths=[str(folder / "shipped_net.py")], pip_requirements=["torch"],
+            )  # fmt: skip
+            del sys.modules["shipped_net"], shipped_net
+        report = run_audit(
+            str(folder / "model"), models.data, None, options(models, penalty=0.1), write=False
+        )["report"]
+        found.append(report["train"]["nll"])
+    assert found[0] != found[1]
+    assert "shipped_net" not in sys.modules
+    assert (list(sys.path), os.getcwd(), dict(os.environ)) == before
+
+
+def test_pickles_are_refused_by_the_variable_as_it_is_now(models, monkeypatch):
+    """Also where the child's server was started before it was set."""
+    run_audit("models:/good/1", models.data, None, options(models), write=False)
+    before = content(models)
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    with pytest.raises(InputError, match="MLFLOW_ALLOW_PICKLE_DESERIALIZATION is false, got a pi"):
+        run_audit("models:/good/1", models.data, None, options(models))
+    assert content(models) == before
+    monkeypatch.delenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", models.uri)
+    assert run_audit("models:/good/1", models.data, None, make_options({}), write=False)
+
+
+def test_data_functions_are_imported_from_the_working_folder(models):
+    Path("own_data.py").write_text(
+        "import numpy, own_helper\n"
         "def load():\n"
-        f"    if os.getpid() != {os.getpid()}:\n"
-        "        os._exit(9)\n"
-        f"    data = numpy.load({models.data!r})\n"
+        "    print('not on stdout')\n"
+        "    data = numpy.load(own_helper.PATH)\n"
         "    return data['x'], data['y']\n"
     )
-    client = MlflowClient(models.uri)
-    with pytest.raises(AuditFailedError, match="got exit code 9"):
-        run_audit("models:/good/2", "fatal_data:load", None, options(models, deadline=300))
-    assert client.get_model_version("good", "2").tags["flataudit.verdict"] == "error"
+    Path("own_helper.py").write_text(f"PATH = {models.data!r}\n")
+    values = options(models).model_dump()
+    told = []
+    reports = []
+    for data in ("own_data:load", models.data):
+        loaded = stages.load("models:/good/1", data, None, values)
+        found = stages.estimate(loaded, values, lambda *step: told.append(step))
+        reports.append(untimed(found["report"]))
+    assert reports[0] == reports[1]
+    assert told
+    assert not {"own_data", "own_helper"} & set(sys.modules)
 
 
-def test_errors_keep_their_class_across_the_process(models, monkeypatch, tmp_path):
-    import importlib
+def test_the_memory_limit_counts_in_the_choice_of_the_solver(models, monkeypatch):
+    """An audit that does not fit is refused before any work, with exit code 2."""
+    np.savez("wide.npz", x=np.zeros((20000, 3), np.float32), y=np.arange(20000) % 3)
+    values = options(models, solver="dual", memory_limit="4GB").model_dump()
+    with pytest.raises(MemoryPlanError, match="to fit into 3"):
+        stages.estimate(stages.load("models:/good/1", "wide.npz", None, values), values)
+    monkeypatch.setenv("FLATAUDIT_MEMORY_LIMIT", "4GB")
+    values = options(models, solver="dual").model_dump()
+    with pytest.raises(MemoryPlanError, match="to fit into 3"):
+        stages.estimate(stages.load("models:/good/1", "wide.npz", None, values), values)
+    monkeypatch.setenv("FLATAUDIT_MEMORY_LIMIT", "much")
+    with pytest.raises(InputError, match="expected memory_limit in FLATAUDIT_MEMORY_LIMIT"):
+        stages.load("models:/good/1", models.data, None, values)
 
-    module = importlib.import_module("flataudit.audit")
-    answers = {}
-    request = tmp_path / "request.json"
-    request.write_text(json.dumps({
-        "loaded": stages.load("models:/good/1", models.data, None, options(models).model_dump()),
-        "options": options(models).model_dump(),
-    }))  # fmt: skip
-    for error in (InputError("a"), MemoryPlanError("b"), NumericalError("c"), KeyError("d")):
 
-        def raises(*_, error=error, **__):
-            raise error
-
-        monkeypatch.setattr(module, "audit", raises)
-        answer = tmp_path / "answer.json"
-        stages._child(request, answer)
-        answers[type(error).__name__] = json.loads(answer.read_text())
-    assert answers["InputError"] == {"error": "InputError", "message": "a"}
-    assert answers["MemoryPlanError"]["error"] == "MemoryPlanError"
-    assert answers["NumericalError"]["error"] == "NumericalError"
-    assert answers["KeyError"]["error"] == "AuditFailedError"
-    assert "KeyError" in answers["KeyError"]["message"]
+def test_the_time_to_find_the_model_counts(models):
+    values = options(models, deadline=5).model_dump()
+    loaded = stages.load("models:/good/1", models.data, None, values)
+    assert loaded["seconds"] > 0
+    with pytest.raises(DeadlineError, match="to end within 5 s"):
+        stages.estimate(loaded | {"seconds": 6.0}, values)
 
 
 def test_a_store_that_fails_at_any_stage_leaves_it_as_it_was(models, monkeypatch):

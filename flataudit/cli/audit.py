@@ -58,8 +58,15 @@ def audit(
     ] = "",
     no_log: Annotated[bool, typer.Option("--no-log", help="write nothing to MLflow")] = False,
     deadline: Annotated[
-        float | None, typer.Option(help="seconds after which the audit is stopped")
+        float | None, typer.Option(help="seconds after which the audit is stopped (default: a day)")
     ] = None,
+    memory_limit: Annotated[
+        str,
+        typer.Option(
+            help="memory beyond which the audit is stopped: bytes, or text such as 8GB (default:"
+            " FLATAUDIT_MEMORY_LIMIT, else none)"
+        ),
+    ] = "",
     tracking_uri: Annotated[
         str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
     ] = "",
@@ -67,7 +74,7 @@ def audit(
     """Predict a model's generalization gap and log it, with its confidence, to MLflow."""
     from flataudit.config import make_options, read_options
     from flataudit.report import terminal
-    from flataudit.stages import Stages, estimate, run_audit
+    from flataudit.stages import Stages, estimate, prestart, run_audit
 
     from_file = read_options(Path(config)) if config else {}
     given = {
@@ -82,12 +89,14 @@ def audit(
         "sensitivity": sensitivity,
         "slices": slices,
         "deadline": deadline,
+        "memory_limit": memory_limit,
         "tracking_uri": tracking_uri,
     }
     given = {key: value for key, value in given.items() if value not in (None, "")}
     options = make_options({**from_file, **given}, "the options")
     if json_file not in ("", "-"):
         check_writable(Path(json_file))
+    prestart()
     with StageDisplay() as show:
         stages = Stages(estimate=lambda loaded, values: estimate(loaded, values, show.stage))
         result = run_audit(

@@ -10,7 +10,8 @@ import torch
 import flataudit.solvers as solvers
 from flataudit import fitting
 from flataudit.errors import InputError, MemoryPlanError
-from flataudit.memory import available_bytes, human
+from flataudit.memory import available_bytes, human, limited_to
+from flataudit.processes import proportional_bytes
 from flataudit.solvers import SOLVERS, choose, select
 from tests.cases import BY_NAME, build
 
@@ -113,3 +114,17 @@ def test_available_bytes_is_within_the_machine():
 )
 def test_human(n_bytes, text):
     assert human(n_bytes) == text
+
+
+def test_a_limit_counts_less_what_this_process_holds():
+    cpu = torch.device("cpu")
+    unlimited = available_bytes(cpu)
+    held = proportional_bytes()
+    with limited_to(held + 10**9):
+        assert available_bytes(cpu) == pytest.approx(0.85e9, rel=0.2)
+        with limited_to(1):
+            assert available_bytes(cpu) == 0
+        with limited_to(None):
+            assert available_bytes(cpu) == pytest.approx(unlimited, rel=0.5)
+    with limited_to(10**15):
+        assert available_bytes(cpu) == pytest.approx(unlimited, rel=0.5)
