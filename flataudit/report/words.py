@@ -232,7 +232,10 @@ def classifies(report: Report) -> bool:
 
 def reliance(report: Report) -> tuple[str, list[str]]:
     """Whether the prediction may be relied on, in words, and why."""
-    known = f"the penalty is known: {PENALTY_SOURCES[report['penalty']['source']]}"
+    known = (
+        "what held the weights back in training (the penalty) is known: "
+        + PENALTY_SOURCES[report["penalty"]["source"]]
+    )
     if report["penalty"]["source"] == "evidence":
         known = "it is not known how the model was trained, so the penalty is a guess"
     reasons = [known, _direction_reason(report["calibration"])]
@@ -373,8 +376,8 @@ def description_block(report: Report, run_url: str | None) -> str:
 
 
 LOWER_BOUND = (
-    "There are fewer than 10 samples per soft-rank direction, so the interval is too narrow: "
-    "the true uncertainty is larger."
+    "The training data are few for what the model took from them (fewer than 10 samples per "
+    "soft-rank direction), so the interval is too narrow: the true uncertainty is larger."
 )
 _UNKNOWN_REMEDY = "Follow the warning's message; this version has no further advice on it."
 
