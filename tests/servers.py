@@ -7,6 +7,7 @@ ended by the id it was started with.
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import signal
@@ -78,7 +79,7 @@ def postgresql() -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(database: str, folder: Path, **variables: str) -> Iterator[str]:
+def mlflow_server(database: str, folder: Path) -> Iterator[str]:
     """An MLflow server on `database` that serves the artifacts in `folder`; its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -88,7 +89,12 @@ def mlflow_server(database: str, folder: Path, **variables: str) -> Iterator[str
         "--port", str(port), "--workers", "1",
     ]  # fmt: skip
     env = environment(
-        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true", **variables
+        MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+        MLFLOW_DISABLE_TELEMETRY="true",
+        # Webhooks to loopback, and a key for their secrets in the database.
+        MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http,https",
+        MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
+        MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=base64.urlsafe_b64encode(os.urandom(32)).decode(),
     )
     log = folder / "server.log"
     with _process(command, log=log, cwd=folder, env=env) as process:
