@@ -34,7 +34,7 @@ DATA_KEYS = ("train", "heldout")
 Json = dict[str, Any]
 
 
-class FlatauditEvaluator(ModelEvaluator):  # type: ignore[misc]  # MLflow's base carries no types
+class FlatauditEvaluator(ModelEvaluator):
     """Audits a PyTorch or scikit-learn model that MLflow can load.
 
     `evaluator_config`:
@@ -174,7 +174,8 @@ def _data(given: Any, name: str, target: str | None, source: ModelSource) -> Dat
             )
         return Dataset(*from_table(given, target, name), name)
     if isinstance(given, tuple | list) and len(given) == 2:
-        return Dataset(*given, name)
+        x, y = given
+        return Dataset(x, y, name)
     raise InputError(
         f"expected {name} in evaluator_config as (x, y), a DataFrame or a file, got"
         f" {type(given).__name__}; give what the model was trained on"
@@ -266,7 +267,7 @@ def _artifacts(folder: Path, uri: str) -> dict[str, EvaluationArtifact]:
 
     from flataudit.tracking import ARTIFACTS
 
-    found = {}
+    found: dict[str, EvaluationArtifact] = {}
     for path in sorted(folder.iterdir()):
         name, where = f"{ARTIFACTS}/{path.name}", f"{uri}/{path.name}"
         if path.suffix == ".png":

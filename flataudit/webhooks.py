@@ -198,7 +198,7 @@ def send_test(webhook_id: str) -> tuple[bool, str]:
     with store_errors("test the webhook"):
         from mlflow import MlflowClient
 
-        found = MlflowClient().test_webhook(webhook_id, EVENTS[0])
+        found = MlflowClient().test_webhook(webhook_id)
     said = found.error_message or f"status {found.response_status}: {found.response_body}"
     return bool(found.success), " ".join(str(said).split())[:300]
 

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ObjectNotFound
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL
+from prefect.types.entrypoint import EntrypointType
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -92,9 +92,7 @@ class DeploymentStarter:
         return await self._client.api_healthcheck() is None
 
 
-def make_app(
-    secret: str, starter: Starter, *, now: Callable[[], float] = time.time
-) -> Starlette:
+def make_app(secret: str, starter: Starter, *, now: Callable[[], float] = time.time) -> Starlette:
     """The receiver's ASGI application; nothing but it reads the secret."""
 
     async def receive(request: Request) -> Response:

@@ -51,7 +51,8 @@ def missing_postgresql() -> str | None:
 def postgresql() -> Iterator[str]:
     """A new, empty database; its URI."""
     postgres, initdb = _program("postgres"), _program("initdb")
-    assert postgres and initdb
+    assert postgres
+    assert initdb
     folder = Path(tempfile.mkdtemp(prefix="flataudit-postgresql-"))
     data, port = folder / "data", free_port()
     user = _other_user()
@@ -91,7 +92,8 @@ def mlflow_server(database: str, folder: Path) -> Iterator[str]:
     env = environment(
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
-        # Webhooks to loopback, and a key for their secrets in the database.
+        # Webhooks to loopback, known at once, and a key for their secrets in the database.
+        MLFLOW_WEBHOOK_CACHE_TTL="0",
         MLFLOW_WEBHOOK_ALLOWED_SCHEMES="http,https",
         MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS="true",
         MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=base64.urlsafe_b64encode(os.urandom(32)).decode(),

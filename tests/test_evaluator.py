@@ -1,4 +1,4 @@
-"""`mlflow.models.evaluate(..., evaluators="flataudit")` on a real store, by every form of a model."""
+"""`mlflow.models.evaluate(..., evaluators="flataudit")` on a real store, for each form of model."""
 
 import json
 import subprocess
@@ -116,9 +116,7 @@ def test_each_form_logs_each_metric_once(models, client, heldout, wanted, form, 
     assert len(on_model) == len(found.metrics)
     data = client.get_run(found.run_id).inputs.dataset_inputs
     (evaluated,) = [item.dataset for item in data if item.dataset.name == "dataset"]
-    assert {(m.dataset_name, m.dataset_digest) for m in on_model} == {
-        ("dataset", evaluated.digest)
-    }
+    assert {(m.dataset_name, m.dataset_digest) for m in on_model} == {("dataset", evaluated.digest)}
     assert state(client) == before
     assert client.get_experiment_by_name(tracking.EXPERIMENT) is None
 
@@ -149,9 +147,7 @@ def test_report_and_figures(models, client, heldout, wanted, tmp_path):
     assert set(again.artifacts) == set(found.artifacts)
     inputs = client.get_run(found.run_id).inputs.dataset_inputs
     tags = [{t.key: t.value for t in i.tags} for i in inputs if i.dataset.name == "train"]
-    assert tags == [
-        {"mlflow.data.context": "training", "sha256": digest_of(models.x, models.y)}
-    ]
+    assert tags == [{"mlflow.data.context": "training", "sha256": digest_of(models.x, models.y)}]
 
 
 def test_gates_by_mlflow_s_own_thresholds(models, heldout):

@@ -66,10 +66,9 @@ def install(
     from flataudit.errors import StoreError
 
     secret = webhooks.read_secret()
-    done, webhook_id = webhooks.install(
-        url, secret, name=name, tracking_uri=tracking_uri or None
-    )
+    done, webhook_id = webhooks.install(url, secret, name=name, tracking_uri=tracking_uri or None)
     print(f"{done} webhook {name} ({webhook_id}): {', '.join(webhooks.EVENTS)} -> {url}")
+    print("MLflow keeps its list of webhooks for a minute: versions until then may be missed")
     if test:
         arrived, line = webhooks.send_test(webhook_id)
         if not arrived:
@@ -95,3 +94,4 @@ def _log_to_stderr() -> None:
     ours = logging.getLogger("flataudit.webhook")
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+    ours.propagate = False  # Prefect's handlers would print each line again
