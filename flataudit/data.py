@@ -204,7 +204,7 @@ def _from_file(path: Path, target: str | None) -> tuple[Features, Array]:
         raise InputError(f"expected data in {path}, got an empty file; write it again")
     if suffix == ".npz":
         return _from_npz(path)
-    return from_table(_read_table(path), target, str(path))
+    return _from_table(_read_table(path), target, path)
 
 
 def _from_npz(path: Path) -> tuple[Features, Array]:
@@ -245,12 +245,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def from_table(frame: pd.DataFrame, target: str | None, path: str) -> tuple[Array, Array]:
-    """(x, y) of a table: float64 features and the target column; `path` is for the errors.
-
-    Raises:
-        InputError: no such column, text among the features, a missing target, or no rows.
-    """
+def _from_table(frame: pd.DataFrame, target: str | None, path: Path) -> tuple[Array, Array]:
     from pandas.api.types import is_numeric_dtype
 
     names = [str(name) for name in frame.columns]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,17 +163,12 @@ def _data(given: Any, name: str, target: str | None, source: ModelSource) -> Dat
     """The data that the config's `train` or `heldout` names or holds."""
     import pandas as pd
 
-    from flataudit.data import Dataset, from_table, load_data
+    from flataudit.data import Dataset, load_data
 
     if isinstance(given, str | Path):
         return load_data(str(given), target=target, source=source)
     if isinstance(given, pd.DataFrame):
-        if target is None:
-            raise InputError(
-                f"expected the target column of the table {name}, got none; add 'target' to"
-                " evaluator_config"
-            )
-        return Dataset(*from_table(given, target, name), name)
+        return _table(given, name, target, source)
     if isinstance(given, tuple | list) and len(given) == 2:
         x, y = given
         return Dataset(x, y, name)
@@ -186,7 +182,7 @@ def _heldout(given: Any, dataset: Any, target: str | None, source: ModelSource) 
     """The config's held-out data, else evaluate's own."""
     import pandas as pd
 
-    from flataudit.data import Dataset, from_table
+    from flataudit.data import Dataset
 
     if given is False:
         return None
@@ -200,8 +196,31 @@ def _heldout(given: Any, dataset: Any, target: str | None, source: ModelSource) 
     x, y = dataset.features_data, dataset.labels_data
     if isinstance(x, pd.DataFrame):
         column = str(dataset.targets_name)
-        return Dataset(*from_table(x.assign(**{column: y}), column, "data"), "data")
+        return _table(x.assign(**{column: y}), "data", column, source)
     return Dataset(x, y, "data")
+
+
+def _table(frame: Any, name: str, target: str | None, source: ModelSource) -> Dataset:
+    """A DataFrame, read as the same table in a file would be."""
+    from flataudit.data import load_data
+    from flataudit.store import scratch_folder
+
+    if target is None:
+        raise InputError(
+            f"expected the target column of the table {name}, got none; add 'target' to"
+            " evaluator_config"
+        )
+    path = Path(scratch_folder()) / f"{name}.parquet"
+    try:
+        frame.set_axis([str(column) for column in frame.columns], axis="columns").to_parquet(
+            path, index=False
+        )
+    except Exception as error:  # of pyarrow, whose errors share no base class with pandas's
+        raise InputError(
+            f"expected a table of numbers and text in {name}, got: {one_line(error)}; convert its"
+            " columns"
+        ) from error
+    return replace(load_data(str(path), target=target, source=source), origin=name)
 
 
 def _check_apart(train: Dataset, heldout: Dataset) -> None:

@@ -40,7 +40,7 @@ def free_port() -> int:
 
 def missing_postgresql() -> str | None:
     """What keeps PostgreSQL from being started here; None where nothing does."""
-    if _program("postgres") is None or _program("initdb") is None:
+    if program("postgres") is None or program("initdb") is None:
         return "needs PostgreSQL (apt-get install postgresql)"
     if find_spec("psycopg2") is None:
         return "needs psycopg2 (pip install psycopg2-binary)"
@@ -50,7 +50,7 @@ def missing_postgresql() -> str | None:
 @contextmanager
 def postgresql() -> Iterator[str]:
     """A new, empty database; its URI."""
-    postgres, initdb = _program("postgres"), _program("initdb")
+    postgres, initdb = program("postgres"), program("initdb")
     assert postgres
     assert initdb
     folder = Path(tempfile.mkdtemp(prefix="flataudit-postgresql-"))
@@ -188,7 +188,7 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _program(name: str) -> str | None:
+def program(name: str) -> str | None:
     """A program of PostgreSQL, which Debian keeps off the path, one folder per version."""
     found = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
     newest = max(found, key=lambda path: int(path.parts[4].split(".")[0]), default=None)

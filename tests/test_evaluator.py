@@ -1,6 +1,7 @@
 """`mlflow.models.evaluate(..., evaluators="flataudit")` on a real store, for each form of model."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -20,8 +21,9 @@ from flataudit.data import digest_of
 from flataudit.errors import AuditFailedError, InputError
 from flataudit.evaluator import FlatauditEvaluator
 from flataudit.models.registry import load_model, resolve
+from flataudit.store import embedded_store
 from tests.mlflow_store import tracking as pointed_at
-from tests.shells import content, environment, make_models
+from tests.shells import ROOT, content, environment, make_models
 
 RECORD = {"optimizer": "sgd", "lr": 0.5, "steps": 200, "weight_decay": 0.01, "batch_size": 80}
 COLUMNS = ["a", "b", "c"]
@@ -254,6 +256,27 @@ def test_being_installed_costs_nothing(code, loaded, tmp_path):
     assert done.stdout.split() == [str(loaded), "False", "False"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_document_s_example(tmp_path, monkeypatch, capsys):
+    """docs/evaluate.md is one script; it prints what it says, and its gate refuses."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    script = "\n".join(block for language, block in blocks if language == "python")
+    (shown,) = (block for language, block in blocks if not language)
+    with pointed_at(embedded_store(tmp_path / "store")):
+        exec(compile(script, "docs/evaluate.md", "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    number = re.compile(r"-?\d+\.\d+")
+    for line in shown.splitlines():
+        (found,) = (p for p in printed.splitlines() if number.sub("", p) == number.sub("", line))
+        assert [float(n) for n in number.findall(found)] == pytest.approx(
+            [float(n) for n in number.findall(line)], abs=0.002
+        )
+    assert "flataudit/gap_high" in printed.splitlines()[-1]
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 BAD = {
@@ -270,6 +293,16 @@ BAD = {
         "models:/good/1",
         {"train": pd.DataFrame({"a": [1.0]})},
         "add 'target' to evaluator_config",
+    ),
+    "a table of lists": (
+        "models:/good/1",
+        {"train": pd.DataFrame({"a": [[1], "b"], "y": [0, 1]}), "target": "y"},
+        "a table of numbers and text in train",
+    ),
+    "a target that is no column": (
+        "models:/good/1",
+        {"train": pd.DataFrame({"a": [1.0], "y": [0]}), "target": "z"},
+        "got --target z; choose from: a, y",
     ),
     "held-out data that are no data": ("models:/good/1", {"heldout": True}, "got bool"),
     "the training data as held-out data": ("models:/good/1", {"train": "data"}, "not trained on"),
@@ -314,8 +347,6 @@ def test_a_bug_is_one_line_too(models, heldout, monkeypatch):
 def test_a_model_of_another_store(models, heldout, tmp_path):
     """A folder whose model_id this store has never seen: metrics on the run alone."""
     folder, before = resolve("models:/good/1").local_path, content(models)
-    from flataudit.store import embedded_store
-
     with pointed_at(embedded_store(tmp_path / "other")):
         config = {"train": (models.x, models.y), "training": RECORD}
         found = evaluate(folder, *heldout, config)

@@ -6,6 +6,7 @@ With FLATAUDIT_SCREENSHOTS=docs/images the pictures of the documents are taken a
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +73,18 @@ def page(browser):
 
         def picture(self, name):
             """The page without the UI's side panel; for the documents where they are asked for."""
-            for close in browser.find_elements(By.XPATH, CLOSE):
-                close.click()
             folder = os.environ.get("FLATAUDIT_SCREENSHOTS")
             if folder:
+                WebDriverWait(browser, WAIT).until(lambda b: b.find_elements(By.XPATH, PANEL))
+                for button in browser.find_elements(By.XPATH, PANEL):
+                    button.click()
+                time.sleep(2)  # the panel slides
                 browser.save_screenshot(str(Path(folder) / name))
 
     return Page()
 
 
-CLOSE = "//*[contains(text(), 'MLflow Assistant')]/ancestor::*[.//button][1]//button[last()]"
+PANEL = "//*[contains(text(), 'MLflow Assistant')]/ancestor::*[.//button][1]//button[last()]"
 
 
 def version_page(audited):
@@ -119,7 +122,7 @@ def test_the_run_s_link_and_the_report(audited, browser, page):
     browser.get(f"{audited.url}/#{run}/artifacts/flataudit/report.html")
     (frame,) = page.find("//iframe[contains(@class, 'html')]")
     assert frame.get_attribute("sandbox") == "allow-scripts"
-    page.picture("mlflow-report.png")
+    page.picture("mlflow-run.png")
     browser.switch_to.frame(frame)
     page.shows(f"{audited.name}, version {audited.version}")
     text = page.text()

@@ -311,7 +311,6 @@ def test_bad_ways_to_serve_and_install(run, server, tmp_path, monkeypatch):
     taken.close()
 
 
-@pytest.mark.slow
 def test_install_is_idempotent(run, mlflow_url):
     """Against a server with each kind of database; the secret is written and never printed."""
     where = ["--tracking-uri", mlflow_url, "--name", "twice"]
@@ -400,8 +399,9 @@ def flow_runs(api):
         return client.read_flow_runs(flow_run_filter=tagged)
 
 
-@pytest.mark.slow
-def test_a_new_version_is_audited_and_a_forged_one_is_not(run, server, mlflow_url, tmp_path):
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.slow)])
+def test_a_new_version_is_audited_and_a_forged_one_is_not(run, server, request, tmp_path, kind):
+    mlflow_url = request.getfixturevalue(f"{kind}_url")
     store = make_store(mlflow_url)
     client = MlflowClient(mlflow_url)
     before = len(flow_runs(server))
