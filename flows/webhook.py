@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from flataudit import webhooks
 from flataudit.errors import AuditFailedError, InputError
+from flataudit.store import one_line, without_password
 from flataudit.webhooks import RefusedError
 from flows.audit import audit_flow
 
@@ -221,6 +222,11 @@ async def _serve(
     finally:
         for end in ends:
             await end()
+    if not server.started:
+        raise AuditFailedError(
+            "expected the receiver to start, got an error before it could listen; check the Prefect"
+            f" server at {without_password(str(PREFECT_API_URL.value()))}"
+        )
 
 
 async def _runner(limit: int) -> Runner:
@@ -263,8 +269,6 @@ def _in_background(runner: Runner, server: Any) -> Callable[[], Awaitable[None]]
 
 
 def _unreachable(error: Exception) -> AuditFailedError:
-    from flataudit.store import one_line, without_password
-
     where = without_password(str(PREFECT_API_URL.value()))
     return AuditFailedError(
         f"expected a Prefect server at {where}, got {type(error).__name__}: {one_line(error)};"

@@ -33,9 +33,11 @@ def serve(
     """Receive MLflow's webhooks at /mlflow and start an audit of each new version."""
     from flataudit.config import read_options
     from flataudit.errors import InputError
-    from flataudit.webhooks import read_secret
+    from flataudit.webhooks import SECRET_VARIABLE, read_secret
 
     secret = read_secret()
+    # The audits' processes load models, which may run code of whoever logged them.
+    os.environ.pop(SECRET_VARIABLE, None)
     options = read_options(Path(config)) if config else {}
     if not (options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or deployment):
         raise InputError(
@@ -46,7 +48,7 @@ def serve(
     _log_to_stderr()
     from flows.webhook import PATH, serve
 
-    print(f"flataudit: receiving at http://{host}:{port}{PATH}", file=sys.stderr)
+    print(f"flataudit: starting a receiver at http://{host}:{port}{PATH}", file=sys.stderr)
     serve(secret, parameters, host=host, port=port, deployment=deployment or None, limit=limit)
 
 

@@ -1,6 +1,6 @@
 """What a reviewer sees in the MLflow UI of a real server: version page, audit run, report.
 
-With FLATAUDIT_SCREENSHOTS=docs/images the pictures of the documents are taken anew.
+With FLATAUDIT_SCREENSHOTS=docs/images the picture of the documents is taken anew.
 """
 
 import os
@@ -122,7 +122,6 @@ def test_the_run_s_link_and_the_report(audited, browser, page):
     browser.get(f"{audited.url}/#{run}/artifacts/flataudit/report.html")
     (frame,) = page.find("//iframe[contains(@class, 'html')]")
     assert frame.get_attribute("sandbox") == "allow-scripts"
-    page.picture("mlflow-run.png")
     browser.switch_to.frame(frame)
     page.shows(f"{audited.name}, version {audited.version}")
     text = page.text()

@@ -299,15 +299,19 @@ def test_bad_ways_to_serve_and_install(run, server, tmp_path, monkeypatch):
         (("serve", "--config", options), 2, "unknown option 'pennalty'"),
         (("serve", "--deployment", "a/b"), 2, "expected a deployment 'a/b'"),
         (("serve", "--limit", "0"), 2, "--limit"),
+        (("serve", "--port", taken.getsockname()[1]), 3, "expected to listen on 127.0.0.1:"),
         (("install", "127.0.0.1:1"), 2, "expected the receiver's address"),
         (("install", "http://127.0.0.1:1/mlflow"), 3, "could not list the webhooks"),
         (("remove", "--tracking-uri", f"sqlite:///{tmp_path}/no.db"), 3, "expected an MLflow data"),
     ]:
+        monkeypatch.setenv("FLATAUDIT_WEBHOOK_SECRET", SECRET)
         found, _, err = run(*args)
         assert (found, expected in err.splitlines()[-1]) == (code, True), err
+    assert "FLATAUDIT_WEBHOOK_SECRET" in os.environ  # `remove` needs none
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     code, _, err = run("serve")
     assert (code, "MLFLOW_TRACKING_URI" in err) == (2, True)
+    assert "FLATAUDIT_WEBHOOK_SECRET" not in os.environ  # nothing that serve starts gets it
     taken.close()
 
 
