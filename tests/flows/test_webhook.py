@@ -76,7 +76,7 @@ def signature(secret, delivery, timestamp, body):
     return "v1," + base64.b64encode(digest).decode()
 
 
-def request(payload=EVENT, *, secret=SECRET, delivery="d-1", timestamp=NOW, **headers):
+def signed(payload=EVENT, *, secret=SECRET, delivery="d-1", timestamp=NOW, **headers):
     """Body and headers of a signed request."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     found = {
@@ -93,29 +93,29 @@ def request(payload=EVENT, *, secret=SECRET, delivery="d-1", timestamp=NOW, **he
 
 
 def test_a_signed_delivery_starts_one_audit(app, fake):
-    first = app.post("/mlflow", **request())
+    first = app.post("/mlflow", **signed())
     assert first.status_code == 202
     assert first.json() == {
         "status": "accepted",
         "model": "models:/churn/3",
         "flow_run": "run of models:/churn/3",
     }
-    assert app.post("/mlflow", **request()).json() == first.json()
+    assert app.post("/mlflow", **signed()).json() == first.json()
     assert fake.started == {"d-1": "run of models:/churn/3"}
-    app.post("/mlflow", **request(delivery="d-2"))
+    app.post("/mlflow", **signed(delivery="d-2"))
     assert list(fake.started) == ["d-1", "d-2"]
 
 
 @pytest.mark.parametrize("skew", [-300, 299, 300])
 def test_five_minutes_either_way(app, skew):
-    assert app.post("/mlflow", **request(timestamp=NOW + skew)).status_code == 202
+    assert app.post("/mlflow", **signed(timestamp=NOW + skew)).status_code == 202
 
 
 def test_mlflow_s_example_starts_nothing(app, fake):
     from mlflow.webhooks.types import ModelVersionCreatedPayload
 
     body = {**EVENT, "data": ModelVersionCreatedPayload.example()}
-    answer = app.post("/mlflow", **request(body))
+    answer = app.post("/mlflow", **signed(body))
     assert (answer.status_code, fake.started) == (200, {})
     assert "nothing was started" in answer.json()["status"]
 
@@ -169,7 +169,7 @@ BAD = {
 def test_refused(app, fake, name, caplog):
     status, changed = BAD[name]
     with caplog.at_level(logging.DEBUG):
-        answer = app.post("/mlflow", **request(**changed))
+        answer = app.post("/mlflow", **signed(**changed))
     assert answer.status_code == status
     assert list(answer.json()) == ["error"]
     assert answer.json()["error"].startswith("expected ")
@@ -180,7 +180,7 @@ def test_refused(app, fake, name, caplog):
 
 def test_the_largest_body_is_read(app):
     padded = json.dumps(EVENT).encode().ljust(64 * 1024)
-    assert app.post("/mlflow", **request(padded)).status_code == 202
+    assert app.post("/mlflow", **signed(padded)).status_code == 202
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_largest_body_is_read(app):
      ("POST", "/mlflow/x", 404)],
 )  # fmt: skip
 def test_other_methods_and_paths(app, fake, method, path, status):
-    body = request() if method != "GET" else {}
+    body = signed() if method != "GET" else {}
     assert app.request(method, path, **body).status_code == status
     assert fake.started == {}
 
@@ -197,11 +197,11 @@ def test_other_methods_and_paths(app, fake, method, path, status):
 def test_prefect_that_fails_or_hangs_is_503(app, fake, caplog):
     """MLflow sends a delivery again after a 503."""
     fake.error = ConnectionError(f"with {SECRET}")
-    assert app.post("/mlflow", **request()).status_code == 503
+    assert app.post("/mlflow", **signed()).status_code == 503
     fake.error, fake.delay = None, 60.0
-    assert app.post("/mlflow", **request()).status_code == 503
+    assert app.post("/mlflow", **signed()).status_code == 503
     fake.delay = 0.0
-    assert app.post("/mlflow", **request()).status_code == 202
+    assert app.post("/mlflow", **signed()).status_code == 202
     assert SECRET not in caplog.text
 
 
@@ -231,7 +231,7 @@ def test_a_body_without_announced_length(fake, monkeypatch):
     import flows.webhook
 
     monkeypatch.setattr(flows.webhook, "BODY", 0.5)
-    good, big = request(), request(b" " * 1_000_000)
+    good, big = signed(), signed(b" " * 1_000_000)
     with listening(fake) as port:
         for made, status in ((good, 202), (big, 413)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -435,14 +435,14 @@ def test_a_new_version_is_audited_and_a_forged_one_is_not(run, server, request, 
         # The same version announced by someone without the secret, and by no one at all.
         stamp = int(time.time())
         body = {**EVENT, "data": {**DATA, "name": found.name, "version": found.version}}
-        forged = request(body, secret="a guess of the secret", timestamp=stamp)
+        forged = signed(body, secret="a guess of the secret", timestamp=stamp)
         assert status(port, "POST", "/mlflow", forged["content"], forged["headers"]) == 401
-        unsigned = request(body, timestamp=stamp, X_MLflow_Signature=None)
+        unsigned = signed(body, timestamp=stamp, X_MLflow_Signature=None)
         assert status(port, "POST", "/mlflow", unsigned["content"], unsigned["headers"]) == 401
         assert len(flow_runs(server)) == before + 1
         assert client.get_model_version(found.name, found.version).tags == version.tags
         # With it: one run, however often it is sent.
-        real = request(body, timestamp=stamp, delivery=f"again-{port}")
+        real = signed(body, timestamp=stamp, delivery=f"again-{port}")
         for _ in range(3):
             assert status(port, "POST", "/mlflow", real["content"], real["headers"]) == 202
         assert len(flow_runs(server)) == before + 2
