@@ -386,7 +386,7 @@ def status(port, method, path, content=None, headers=None):
         connection.close()
 
 
-def wait(ready, explain, process=None, seconds=180):
+def wait(ready, explain, process=None, seconds=300):
     until = time.monotonic() + seconds
     while not ready():
         assert process is None or process.poll() is None, explain()
