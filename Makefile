@@ -46,7 +46,7 @@ python:  ## print the Python that install takes, or what is missing
 	@touch $@
 
 pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not browser and not gpu and not zoo'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not zoo'
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -198,6 +198,44 @@ def log_error(
     return run_id
 
 
+def log_evaluation(
+    report: dict[str, Any],
+    display: dict[str, Any],
+    source: ModelSource,
+    *,
+    run_id: str,
+    train: str,
+    data: tuple[str, str] | None,
+) -> tuple[Path, str]:
+    """Logs an audit that is part of somebody's run: `mlflow.models.evaluate`. No verdict is set.
+
+    Args:
+        run_id: The run; its report, figures and training data are added to what it holds.
+        train: The training data by name, for the run's inputs.
+        data: Name and digest of the data that the metrics are logged with; None: no metrics.
+
+    Returns:
+        The folder with the artifacts, and their URI in the run.
+
+    Raises:
+        StoreError: the store failed.
+    """
+    folder = Path(_rendered(report, display))
+    with store_errors(f"log the audit to run {run_id}"):
+        from mlflow import MlflowClient
+        from mlflow.entities import Dataset
+
+        client = MlflowClient()
+        client.log_artifacts(run_id, str(folder), ARTIFACTS)
+        _log_inputs(client, run_id, report["data"], source, {"train": train}, None)
+        if data is not None:
+            model_id = _logged_model_id(client, source)
+            known = Dataset(*data, "code", "{}")
+            _log_metrics(client, run_id, metrics_of(report), None, model_id, known)
+        where = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
+    return folder, f"{where}/{ARTIFACTS}"
+
+
 def log_training_data(
     run_id: str, x: Any, y: Any, *, name: str = "train", record: TrainingRecord | None = None
 ) -> None:

@@ -10,6 +10,8 @@ import os
 
 import pytest
 
+from tests.servers import mlflow_url, postgresql_url, sqlite_url  # noqa: F401  (fixtures)
+
 # One thread: several processes share the cores, and a fork after a threaded operation can hang.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -56,15 +56,15 @@ def trained_net(x: Any, y: Any, steps: int = 200) -> Any:
 
 
 @cache
-def make_store() -> Store:
-    """Builds the store at the first call; later calls return the same."""
+def make_store(url: str | None = None) -> Store:
+    """Fills the store of an MLflow server, else an embedded one; later calls return the same."""
     import mlflow
 
     from flataudit.store import embedded_store, ensure_experiment, scratch_folder
     from flataudit.tracking import log_training_data
 
     folder = Path(scratch_folder())
-    uri = embedded_store(folder)
+    uri = url or embedded_store(folder)
     with tracking(uri):
         client = mlflow.MlflowClient()
         x, y = toy_data()

@@ -122,6 +122,9 @@ def check_flataudit(words):
     assert words, "no command"
     assert words[0] in command.commands, f"no command {words[0]!r}"
     sub = command.commands[words[0]]
+    if hasattr(sub, "commands") and len(words) > 1:  # a group: its command is the next word
+        assert words[1] in sub.commands, f"no command {words[0]} {words[1]!r}"
+        sub, words = sub.commands[words[1]], words[1:]
     if any(PLACEHOLDER.fullmatch(word) for word in words):  # a form, not a command
         for word in words[1:]:
             if word.startswith("--"):
@@ -187,7 +190,14 @@ def test_the_check_of_command_lines_can_fail():
         ("make", ["demo"]),
     ]
     check_flataudit(good.split()[1:-2])
-    for bad in ("audit models:/a/1", "audit a --train b --pennalty 1", "adit a", "audit a b"):
+    for bad in (
+        "audit models:/a/1",
+        "audit a --train b --pennalty 1",
+        "adit a",
+        "audit a b",
+        "webhook serv",
+        "webhook serve --prt 1",
+    ):
         with pytest.raises(Exception):  # noqa: B017, PT011 (typer's own, whose module is private)
             check_flataudit(bad.split())
     with pytest.raises(AssertionError):
@@ -323,7 +333,8 @@ def test_options_are_the_contract_s():
 
 
 def test_every_option_is_explained():
-    for name, sub in command.commands.items():
+    groups = [sub.commands for sub in command.commands.values() if hasattr(sub, "commands")]
+    for name, sub in [*command.commands.items(), *(item for g in groups for item in g.items())]:
         assert sub.help, name
         for param in sub.params:
             assert param.help, f"{name} {param.name}"

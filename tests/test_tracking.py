@@ -18,13 +18,16 @@ from flataudit.training import parse_training
 from flataudit.versions import BEGIN, DESCRIPTION_LIMIT, END, merge_description
 from tests.mlflow_store import make_store
 from tests.mlflow_store import tracking as pointed_at
+from tests.servers import BACKENDS
 
 OPTIONS = {"train": "mlflow", "heldout": None, "penalty": 0.1, "tracking_uri": "http://me:pw@host"}
 
 
-@pytest.fixture
-def store():
-    made = make_store()
+@pytest.fixture(params=["embedded", *BACKENDS])
+def store(request):
+    """The embedded store, and MLflow's server with each kind of database behind it."""
+    embedded = request.param == "embedded"
+    made = make_store(None if embedded else request.getfixturevalue(f"{request.param}_url"))
     with pointed_at(made.uri):
         yield made
 

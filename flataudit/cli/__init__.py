@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from flataudit.cli import audit, demo
+from flataudit.cli import audit, demo, webhook
 from flataudit.errors import FlatauditError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 # Each command's file imports nothing heavy before it runs.
 app.command()(audit.audit)
 app.command()(demo.demo)
+app.add_typer(webhook.app, name="webhook")
 
 
 def main() -> None:
