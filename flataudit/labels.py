@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flataudit.errors import InputError
+
+if TYPE_CHECKING:  # the names of classes are read where torch need not be loaded
+    from torch import Tensor
 
 
 class ClassNames(tuple[str, ...]):
@@ -39,6 +40,8 @@ class ClassNames(tuple[str, ...]):
 
     def sorted_indices(self, y: Tensor) -> Tensor:
         """Outputs y as indices into the sorted labels that occur: the same whatever the order."""
+        import torch
+
         _, found = np.unique(np.array(self)[y.numpy()], return_inverse=True)
         return torch.from_numpy(found.astype(np.int64))
 
