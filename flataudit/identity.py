@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote, urlparse
 
 from flataudit.models.registry import ModelSource, resolve
 from flataudit.store import store_errors
@@ -41,7 +42,9 @@ def identify(uri: str) -> ModelSource:
         logged = _LOGGED.fullmatch(entry.source or "")
         if logged is None:  # a copy, a run's model, or one of MLflow 2
             location = client.get_model_version_download_uri(name, entry.version)
-            model_id = Model.load(location).model_id
+            parsed = urlparse(location)
+            folder = unquote(parsed.path) if parsed.scheme == "file" else location
+            model_id = Model.load(folder).model_id
         else:
             model_id = logged["id"]
     if not model_id:

@@ -72,7 +72,21 @@ def take_turn(client: MlflowClient, run_id: str, queue: str) -> int:
         elif time.monotonic() - since > PATIENCE:
             client.set_tag(head, keys.GATE_STATE, f"given up by {run_id}")
             client.set_terminated(head, "KILLED")
-        time.sleep(min(0.05 * len(ahead), 2.0))
+        _await_end_of(client, ahead[-1], min(0.1 * len(ahead), 2.0))
+
+
+def _await_end_of(client: MlflowClient, run_id: str, pause: float) -> None:
+    """Returns when the last gate ahead has ended, which is when to look at the queue again.
+
+    One run costs the store far less than the queue, which is looked at every few seconds all the
+    same: for gates that died.
+    """
+    until = time.monotonic() + min(10.0, PATIENCE / 4)
+    while time.monotonic() < until:
+        time.sleep(pause)
+        run = client.get_run(run_id)
+        if run.info.status != "RUNNING" or _ticket(run) is None:
+            return
 
 
 def check_turn(client: MlflowClient, run_id: str) -> None:

@@ -107,7 +107,9 @@ def register(name: str, *, like_mlflow_2: bool = False) -> ModelSource:
     lines = ["flavors:", "  pytorch:", "    model_data: data", "    pytorch_version: '2'"]
     if like_mlflow_2:
         (folder / "MLmodel").write_text("\n".join([*lines, f"utc_time_created: '{time.time()}'"]))
-        version = client.create_model_version(name, folder.as_uri())
+        run_id = client.create_run(ensure_experiment("training")).info.run_id
+        client.log_artifacts(run_id, str(folder), "old")
+        version = client.create_model_version(name, f"runs:/{run_id}/old", run_id=run_id)
         return _resolved(name, version.version)
     experiment = ensure_experiment("training")
     model = client.create_logged_model(experiment, name="model")
@@ -115,7 +117,9 @@ def register(name: str, *, like_mlflow_2: bool = False) -> ModelSource:
     (folder / "MLmodel").write_text("\n".join(lines))
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
-    version = client.create_model_version(name, f"models:/{model.model_id}")
+    version = client.create_model_version(
+        name, f"models:/{model.model_id}", model_id=model.model_id
+    )
     return _resolved(name, version.version)
 
 
@@ -197,3 +201,16 @@ def pointed_at(uri: str) -> Iterator[str]:
 
 
 STORES = {"sqlite": sqlite_uri, "http": http_uri}
+
+
+def gate_in_child(job: tuple[str, str, str, str]) -> dict[str, Any]:
+    """One gate in a process of its own: its decision's JSON, or {"error": ...}."""
+    from flataudit.gate import run_gate
+    from flataudit.policy import parse_policy
+
+    uri, model_uri, policy, alias = job
+    try:
+        decision = run_gate(model_uri, parse_policy(policy), alias=alias, tracking_uri=uri)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return decision.to_dict()
