@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,8 @@ from flataudit.store import scratch_folder, store_errors
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from flataudit.models.registry import ModelSource
 
 PAGE = 1000  # runs per request
 _PLAIN = re.compile(r"[\w .:@/-]+")  # names that mean themselves in MLflow's filter strings
@@ -107,6 +109,18 @@ def latest_audit(identity: str) -> PastAudit | None:
     """The newest audit of exactly this model, failed or not; None where there is none."""
     found = past_audits(identity=identity, limit=1)
     return found[0] if found else None
+
+
+def required_audit(source: ModelSource) -> PastAudit:
+    """The newest audit of exactly this model; InputError where there is none, or it failed."""
+    found = latest_audit(source.identity)
+    if found is None or found.error:
+        got = "none" if found is None else "one that failed"
+        raise InputError(
+            f"expected an audit of {source.uri}, got {got}; run flataudit audit {source.uri} first"
+        )
+    # The same model may have been audited under another name: speak of what was asked for.
+    return replace(found, uri=source.uri, name=source.name, version=source.version)
 
 
 def audit_of_run(run_id: str) -> PastAudit:
@@ -196,6 +210,12 @@ def search_runs(experiment: str, filter_string: str = "") -> Iterator[Run]:
         token = page.token or None
 
 
+def parse_uri(uri: str) -> tuple[str | None, str | None]:
+    """Name and version of models:/name/version; None and None for every other form."""
+    parts = _URI.fullmatch(uri)
+    return (parts["name"], parts["version"]) if parts else (None, None)
+
+
 def metric(run: Run, key: str) -> float | None:
     """A run's metric, None where it has none or where it is not finite."""
     value = run.data.metrics.get(key)
@@ -209,7 +229,7 @@ def _past_audit(run: Run) -> PastAudit | None:
     complete = run.info.status == ("FAILED" if error else "FINISHED")
     if not (verdict and identity and uri and complete):
         return None
-    parts = _URI.fullmatch(uri)
+    name, version = parse_uri(uri)
     data = [] if run.inputs is None else run.inputs.dataset_inputs
     contexts = [{tag.key: tag.value for tag in item.tags} for item in data]
     shas = [c.get("sha256") for c in contexts if c.get("mlflow.data.context") == "training"]
@@ -218,8 +238,8 @@ def _past_audit(run: Run) -> PastAudit | None:
         run_id=run.info.run_id,
         audited_at=audited.isoformat(timespec="seconds"),
         uri=uri,
-        name=parts["name"] if parts else None,
-        version=parts["version"] if parts else None,
+        name=name,
+        version=version,
         identity=identity,
         error=error,
         verdict=verdict,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flataudit.errors import InputError
 
-if TYPE_CHECKING:  # the names of classes are read where torch need not be loaded
+if TYPE_CHECKING:
     from torch import Tensor
 
 
@@ -40,7 +40,7 @@ class ClassNames(tuple[str, ...]):
 
     def sorted_indices(self, y: Tensor) -> Tensor:
         """Outputs y as indices into the sorted labels that occur: the same whatever the order."""
-        import torch
+        import torch  # not above: who only writes an audit to MLflow does without
 
         _, found = np.unique(np.array(self)[y.numpy()], return_inverse=True)
         return torch.from_numpy(found.astype(np.int64))

@@ -133,7 +133,7 @@ def log_audit(
     with _audit_run(source, options, experiment) as (client, run_id, link):
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
         client.log_artifacts(run_id, folder, ARTIFACTS)
-        model_id = _logged_model_id(client, source)
+        model_id = logged_model_id(client, source)
         data = _log_inputs(client, run_id, report["data"], source, options, model_id)
         _log_metrics(client, run_id, metrics, duration, model_id, data)
         table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
@@ -168,7 +168,7 @@ def log_error(
             block = f"**flataudit: error.** The audit failed: {error}"
             _set_run_tags(client, run_id, tags | {"mlflow.note.content": block})
             client.set_terminated(run_id, "FAILED")
-            model_id = _logged_model_id(client, source)
+            model_id = logged_model_id(client, source)
             block += f"\n\n[Audit run](<{link}>)"
             set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
     except StoreError:
@@ -351,7 +351,7 @@ def _bound_to(source: ModelSource, run_id: str) -> dict[str, str]:
     }
 
 
-def _logged_model_id(client: MlflowClient, source: ModelSource) -> str | None:
+def logged_model_id(client: MlflowClient, source: ModelSource) -> str | None:
     """The model_id where this store knows that model; not for a folder, whose store may differ."""
     if source.model_id is None or source.kind == "folder":
         return None
