@@ -175,13 +175,12 @@ def _observed(run: Any) -> Outcome | None:
     from flataudit.audits import parse_uri
 
     tags = run.data.tags
-    names = ("flataudit/gap", "flataudit/gap_low", "flataudit/gap_high")
-    names += (keys.OBSERVED_GAP, keys.OBSERVED_GAP_SE)
-    gap, low, high, observed, se = (metric(run, name) for name in names)
-    if run.info.status != "FINISHED" or None in (gap, low, high, observed, se):
+    names = (*(f"flataudit/{name}" for name in ("gap", "gap_low", "gap_high")),
+             keys.OBSERVED_GAP, keys.OBSERVED_GAP_SE)  # fmt: skip
+    values = [value for value in (metric(run, name) for name in names) if value is not None]
+    if run.info.status != "FINISHED" or len(values) < len(names):
         return None
-    assert gap is not None and low is not None and high is not None  # for the type checker
-    assert observed is not None and se is not None
+    gap, low, high, observed, se = values
     uri = tags.get(keys.URI_TAG, "")
     name, version = parse_uri(uri)
     return Outcome(

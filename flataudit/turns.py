@@ -72,7 +72,7 @@ def take_turn(client: MlflowClient, run_id: str, queue: str) -> int:
         elif time.monotonic() - since > PATIENCE:
             client.set_tag(head, keys.GATE_STATE, f"given up by {run_id}")
             client.set_terminated(head, "KILLED")
-        _await_end_of(client, ahead[-1], min(0.1 * len(ahead), 2.0))
+        _await_end_of(client, ahead[-1], min(0.1 * len(ahead), 4.0))
 
 
 def _await_end_of(client: MlflowClient, run_id: str, pause: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from flataudit.cli import audit, demo, gate
+from flataudit.cli import audit, audits, compare, demo, gate, observe
 from flataudit.errors import FlatauditError
 
 app = typer.Typer(
@@ -26,6 +26,10 @@ app = typer.Typer(
 # Each command's file imports nothing heavy before it runs.
 app.command()(audit.audit)
 app.command()(gate.gate)
+app.command()(compare.compare)
+app.command()(observe.observe)
+app.command()(observe.track_record)
+app.add_typer(audits.audits, name="audits")
 app.command()(demo.demo)
 
 
