@@ -284,7 +284,7 @@ def _artifacts(folder: Path, uri: str) -> dict[str, EvaluationArtifact]:
     from mlflow.models.evaluation import artifacts
     from PIL import Image
 
-    from flataudit.tracking import ARTIFACTS
+    from flataudit.keys import ARTIFACTS
 
     found: dict[str, EvaluationArtifact] = {}
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Everything that is written to MLflow; this file owns every metric key and tag.
+"""An audit as it is written to MLflow; `keys` has every name.
 
 One audit is one run in the experiment `flataudit`. The model's verdict (version tags and the
 description's block) is written last, after the run is complete, and undone where that fails: a
@@ -20,10 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flataudit import __version__
+from flataudit import __version__, keys
 from flataudit.data import CONTEXTS, as_features, digest_of, training_input
 from flataudit.errors import InputError, StoreError
 from flataudit.history import earlier_audits
+from flataudit.keys import ARTIFACTS, DURATION, EXPERIMENT, METRICS, URI_TAG, VERDICT
 from flataudit.labels import text_labels
 from flataudit.models.registry import ModelSource
 from flataudit.report import words
@@ -38,33 +39,9 @@ if TYPE_CHECKING:
 
     from flataudit.training import TrainingRecord
 
-EXPERIMENT = "flataudit"
-ARTIFACTS = "flataudit"  # the folder of the run's artifacts
-URI_TAG, VERDICT = "flataudit.model_uri", "flataudit.verdict"  # the first on the run alone
-DURATION = "flataudit/duration_seconds"  # a metric of the run alone
 PARAM_LIMIT = 6000  # characters, of MLflow's column
 DIGEST = 16  # characters of the sha256 that MLflow shows as a dataset's digest
 
-# metric: where its value is in the report's JSON
-_METRICS: Mapping[str, tuple[str, ...]] = {
-    "flataudit/gap": ("gap", "value"),
-    "flataudit/gap_low": ("gap", "low"),
-    "flataudit/gap_high": ("gap", "high"),
-    "flataudit/predicted_test_nll": ("predicted_test_nll", "value"),
-    "flataudit/predicted_accuracy": ("predicted_accuracy", "value"),
-    "flataudit/gap_soft_rank": ("estimates", "soft_rank", "gap"),
-    "flataudit/gap_soft_rank_recalibrated": ("estimates", "soft_rank_recalibrated", "gap"),
-    "flataudit/gap_tic": ("estimates", "tic", "gap"),
-    "flataudit/gap_loo": ("estimates", "loo", "gap"),
-    "flataudit/soft_rank": ("estimates", "soft_rank", "rank"),
-    "flataudit/train_nll": ("train", "nll"),
-    "flataudit/ece": ("calibration", "ece"),
-    "flataudit/confidence_gap": ("calibration", "confidence_gap"),
-    "flataudit/slope": ("calibration", "slope"),
-    "flataudit/information_ratio": ("premise", "information_ratio"),
-    "flataudit/stationarity": ("penalty", "stationarity"),
-    "flataudit/heldout_gap": ("heldout", "gap"),
-}
 _OF_A_REPORT = tuple(
     f"flataudit.{name}" for name in ("gap", "calibration", "confidence", "warnings", "policy")
 )
@@ -78,7 +55,7 @@ def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
     MLflow stores a NaN as 0 and infinity as 1.8e308 where a model is given: never log those.
     """
     found = {}
-    for key, path in _METRICS.items():
+    for key, path in METRICS.items():
         value: Any = report
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -97,6 +74,15 @@ def tags_of(report: dict[str, Any], source: ModelSource, run_id: str) -> dict[st
         "flataudit.policy": policy_hash(),
         **_bound_to(source, run_id),
         VERDICT: words.verdict(report),
+    }
+
+
+def _kind_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """What a list of audits shows beside the version's tags, without reading each report."""
+    return {
+        keys.ESTIMATOR: str(report["gap"]["estimator"]),
+        keys.FAMILY: str(report["family"]),
+        keys.EVIDENCE: str(report["calibration"]["evidence"]),
     }
 
 
@@ -145,20 +131,17 @@ def log_audit(
             that could be written.
     """
     options = dict(options or {})
-    with store_errors(f"read the earlier audits of {source.uri}"):
-        from mlflow import MlflowClient
-
-        history = earlier_audits(MlflowClient(), source.name, experiment)
-    folder, metrics = _rendered(report, display, history), metrics_of(report)
+    folder = _rendered(report, display, earlier_audits(source.name))
+    metrics = metrics_of(report)
     with _audit_run(source, options, experiment) as (client, run_id, link):
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
         client.log_artifacts(run_id, folder, ARTIFACTS)
-        model_id = _logged_model_id(client, source)
+        model_id = logged_model_id(client, source)
         data = _log_inputs(client, run_id, report["data"], source, options, model_id)
         _log_metrics(client, run_id, metrics, duration, model_id, data)
         table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
         shown = {"mlflow.loggedArtifacts": json.dumps(table), "mlflow.note.content": block}
-        _set_run_tags(client, run_id, tags | shown)
+        _set_run_tags(client, run_id, tags | _kind_of(report) | shown)
         client.set_terminated(run_id, "FINISHED")
         set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
     update_model_table(client, source)
@@ -189,7 +172,7 @@ def log_error(
             block = f"**flataudit: error.** The audit failed: {markdown_text(error)}"
             _set_run_tags(client, run_id, tags | {"mlflow.note.content": block})
             client.set_terminated(run_id, "FAILED")
-            model_id = _logged_model_id(client, source)
+            model_id = logged_model_id(client, source)
             block += f"\n\n[Audit run](<{link}>)"
             set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
     except StoreError:
@@ -220,7 +203,7 @@ def log_evaluation(
     Raises:
         StoreError: the store failed.
     """
-    folder = Path(_rendered(report, display))
+    folder = Path(_rendered(report, display, earlier_audits(source.name)))
     with store_errors(f"log the audit to run {run_id}"):
         from mlflow import MlflowClient
         from mlflow.entities import Dataset
@@ -229,7 +212,7 @@ def log_evaluation(
         client.log_artifacts(run_id, str(folder), ARTIFACTS)
         _log_inputs(client, run_id, report["data"], source, {"train": train}, None)
         if data is not None:
-            model_id = _logged_model_id(client, source)
+            model_id = logged_model_id(client, source)
             known = Dataset(*data, "code", "{}")
             _log_metrics(client, run_id, metrics_of(report), None, model_id, known)
         where = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
@@ -418,7 +401,7 @@ def _bound_to(source: ModelSource, run_id: str) -> dict[str, str]:
     }
 
 
-def _logged_model_id(client: MlflowClient, source: ModelSource) -> str | None:
+def logged_model_id(client: MlflowClient, source: ModelSource) -> str | None:
     """The model_id where this store knows that model; not for a folder, whose store may differ."""
     if source.model_id is None or source.kind == "folder":
         return None

@@ -229,7 +229,7 @@ def test_the_metrics_are_the_contract_s(audited):
     names = (
         "gap gap_low gap_high predicted_test_nll predicted_accuracy gap_soft_rank"
         " gap_soft_rank_recalibrated gap_tic gap_loo soft_rank train_nll ece confidence_gap slope"
-        " information_ratio stationarity heldout_gap"
+        " information_ratio stationarity heldout_gap heldout_gap_se"
     )
     metrics = tracking.metrics_of(report)
     assert set(metrics) == {f"flataudit/{name}" for name in names.split()}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from flataudit import history, tracking, versions
+from flataudit import versions
 from flataudit.models.registry import resolve
 from flataudit.versions import (
     BEGIN,
@@ -204,57 +204,3 @@ def test_audits_of_all_versions_at_once(client, model):
     text = described(client, "table-at-once")
     assert len(rows(text)) == 6
     assert text.startswith("Digits, for the sorter.")
-
-
-# --- the history --------------------------------------------------------------------------------
-
-
-def past(client, uri, gap=0.05, *, status="FINISHED", **metrics):
-    """One audit's run."""
-    experiment = tracking.ensure_experiment(tracking.EXPERIMENT)
-    tags = {"flataudit.model_uri": uri, "flataudit.verdict": "pass", "flataudit.confidence": "ok"}
-    run_id = client.create_run(experiment, tags=tags).info.run_id
-    for key, value in ({"gap": gap} | metrics).items():
-        if value is not None:
-            client.log_metric(run_id, f"flataudit/{key}", value)
-    client.set_terminated(run_id, status)
-    return run_id
-
-
-def test_the_history_has_every_version_of_this_model_only(client):
-    wanted = [
-        past(client, "models:/past_1/1", 0.05, gap_low=0.04, gap_high=0.06),
-        past(client, "models:/past_1/2", 0.04, heldout_gap=0.045),
-    ]
-    past(client, "models:/past_12/1")
-    past(client, "models:/pastx1/1")  # _ is a wildcard in MLflow's filters
-    past(client, "models:/past_1/3", None)  # failed before it had a gap
-    past(client, "models:/past_1/3", status="FAILED")
-    found = history.earlier_audits(client, "past_1", tracking.EXPERIMENT)
-    assert [row["run_id"] for row in found] == wanted[::-1]
-    assert [row["version"] for row in found] == ["2", "1"]
-    new, old = found
-    assert (old["gap"], old["gap_low"], old["gap_high"], old["heldout_gap"]) == (
-        0.05, 0.04, 0.06, None)  # fmt: skip
-    assert (new["heldout_gap"], new["gap_low"], new["verdict"]) == (0.045, None, "pass")
-    assert new["audited_at"] > "2000"
-
-
-def test_no_history_without_a_registered_model_or_experiment(client):
-    assert history.earlier_audits(client, None, tracking.EXPERIMENT) == []
-    assert history.earlier_audits(client, "digits", "no such experiment") == []
-
-
-def test_an_unreadable_history_is_logged_and_empty(client, monkeypatch, caplog):
-    def fails(*_, **__):
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(MlflowClient, "search_runs", fails)
-    past(client, "models:/past-unread/1")
-    assert history.earlier_audits(client, "past-unread", tracking.EXPERIMENT) == []
-    assert "could not read the earlier audits of past-unread: no" in caplog.text
-
-
-def test_names_with_quotes(client):
-    past(client, "models:/o'past/1")
-    assert len(history.earlier_audits(client, "o'past", tracking.EXPERIMENT)) == 1

@@ -1,7 +1,7 @@
 """The command line: one file per command, each a thin shell; errors become one line and a code.
 
-Exit codes: 0 done; 2 bad input or unsupported model (one line on stderr); 3 the audit failed, ran
-past its deadline, or a store could not be used.
+Exit codes: 0 done; 1 the gate refused; 2 bad input or unsupported model (one line on stderr); 3 the
+audit failed, ran past its deadline, or a store could not be used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from flataudit.cli import audit, demo, webhook
+from flataudit.cli import audit, audits, compare, demo, gate, observe, webhook
 from flataudit.errors import FlatauditError
 
 app = typer.Typer(
@@ -25,6 +25,11 @@ app = typer.Typer(
 )
 # Each command's file imports nothing heavy before it runs.
 app.command()(audit.audit)
+app.command()(gate.gate)
+app.command()(compare.compare)
+app.command()(observe.observe)
+app.command()(observe.track_record)
+app.add_typer(audits.audits, name="audits")
 app.command()(demo.demo)
 app.add_typer(webhook.app, name="webhook")
 

@@ -17,36 +17,37 @@ def number(text: str) -> float | str:
         return text
 
 
-def check_writable(path: Path) -> None:
-    """InputError, before any work, where the report could not be written to `path`."""
+def check_writable(path: Path, option: str = "--json") -> None:
+    """InputError, before any work, where nothing could be written to `path`."""
     if path.is_dir():
         raise InputError(
-            f"expected --json to name a file, got the folder {path}; name a file in it"
+            f"expected {option} to name a file, got the folder {path}; name a file in it"
         )
     part = _part(path)
     try:
         part.touch()
         part.unlink()
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise _not_writable(path, error, option) from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to `path` as a whole, or leaves what was there; InputError if it cannot."""
+def write_whole(path: Path, content: str | bytes, option: str = "--json") -> None:
+    """Writes text or bytes as a whole, or leaves what was there; InputError if it cannot."""
+    data = content.encode() if isinstance(content, str) else content
     try:
-        _part(path).write_text(text, encoding="utf-8")
+        _part(path).write_bytes(data)
         os.replace(_part(path), path)
     except OSError as error:
-        raise _not_writable(path, error) from None
+        raise _not_writable(path, error, option) from None
 
 
 def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def _not_writable(path: Path, error: OSError) -> InputError:
+def _not_writable(path: Path, error: OSError, option: str) -> InputError:
     return InputError(
-        f"expected --json to name a writable file in an existing folder, got {path}:"
+        f"expected {option} to name a writable file in an existing folder, got {path}:"
         f" {error.strerror}; choose another"
     )
 
