@@ -48,7 +48,9 @@ def test_statistics_against_their_definitions():
     rng = np.random.default_rng(1)
     predicted = rng.normal(0.1, 0.02, 40)
     observed = predicted + rng.normal(0.002, 0.008, 40)
-    record = summarise([outcome(p, o) for p, o in zip(predicted, observed, strict=True)])
+    record = summarise(
+        [outcome(p, o) for p, o in zip(predicted.tolist(), observed.tolist(), strict=True)]
+    )
     whole = group(record, "all", "all")
     errors = observed - predicted
     covered = int((np.abs(errors) <= 0.01).sum())

@@ -44,7 +44,7 @@ def list_audits(
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 140
+        console.width = 170  # whole run ids, for who copies them
     table = Table(box=None, pad_edge=False)
     for column in ("audited (UTC)", "model", "verdict", "gap", "change", "predicted loss",
                    "accuracy", "rely on it", "observed gap", "run"):  # fmt: skip
