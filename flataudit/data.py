@@ -77,9 +77,9 @@ def load_data(
     Args:
         spec: A `.npz` file with arrays x and y, y and one array of any name, or y and several
             inputs by the names of forward's parameters; a `.csv` or `.parquet` file, with `target`;
-            `module:function`, which returns (x, y), x an array, a dict or a tuple of arrays; or
-            `mlflow`: the dataset that the model's source run logged with the context "training"
-            (tags `target` and `sha256` are used).
+            `module:function`, which returns (x, y), x an array, a dict or a tuple of arrays (for
+            scikit-learn also a table, a sparse matrix or texts); or `mlflow`: the dataset that the
+            model's source run logged with the context "training" (tags `target` and `sha256`).
         target: The name of the target column of a table.
         source: The model, for `mlflow` and for whether its transformers take a table.
         slices: The column of a table that is no feature if it holds text, or the array of an npz
@@ -97,7 +97,7 @@ def load_data(
     if path.suffix.lower() in SUFFIXES:
         x, y = _from_file(path, target, as_table, slices)
         return Dataset(x, y, str(path.absolute()), path=path)
-    x, y = _from_function(spec)
+    x, y = _from_function(spec, as_table)
     return Dataset(x, y, spec)
 
 
@@ -357,7 +357,7 @@ def _from_table(
     return x, column.to_numpy(dtype=kinds.get(column.dtype.kind, np.float64))
 
 
-def _from_function(spec: str) -> tuple[Features, Array]:
+def _from_function(spec: str, as_table: bool) -> tuple[Features, Array]:
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; the installed command does not
@@ -387,10 +387,16 @@ def _from_function(spec: str) -> tuple[Features, Array]:
         )
     x, y = found
     labels = text_labels(y)
+    # Tables, sparse matrices and texts are what a pipeline of scikit-learn starts from.
+    given = as_table and (hasattr(x, "columns") or hasattr(x, "toarray") or _are_texts(x))
     return (
-        as_features(x, f"x of {spec}"),
+        x if given else as_features(x, f"x of {spec}"),
         _as_array(y, f"y of {spec}") if labels is None else labels,
     )
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list | np.ndarray) and text_labels(x) is not None
 
 
 def as_features(value: Any, name: str) -> Features:

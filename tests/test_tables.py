@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.compose import ColumnTransformer
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -168,3 +171,47 @@ def test_a_written_record_wins_over_the_estimator_s_settings(frame, tmp_path):
     frame.to_csv(tmp_path / "train.csv", index=False)
     penalty = audited("recorded", str(tmp_path / "train.csv"))["penalty"]
     assert (penalty["source"], penalty["value"]) == ("training", pytest.approx(0.03))
+
+
+@pytest.fixture
+def texts():
+    words = np.array(["good", "bad", "film", "plot", "long"])
+    made = [" ".join(RNG.choice(words, 6)) for _ in range(60)]
+    return made, ["yes" if text.count("good") > text.count("bad") else "no" for text in made]
+
+
+def test_texts_from_a_file_and_from_a_function(texts, tmp_path, monkeypatch):
+    model = make_pipeline(TfidfVectorizer(), LogisticRegression(**TIGHT)).fit(*texts)
+    registered(model, "texts", "cloudpickle")
+    wanted = flataudit.audit(model, texts)
+    pd.DataFrame({"left": texts[1], "text": texts[0]}).to_csv(tmp_path / "t.csv", index=False)
+    (tmp_path / "texts_of_a_test.py").write_text(f"def load(): return {texts!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for train in (str(tmp_path / "t.csv"), "texts_of_a_test:load"):
+        report = audited("texts", train)
+        assert report["gap"]["value"] == pytest.approx(wanted.gap.value, rel=1e-9)
+        assert report["data"]["n_samples"] == 60
+    sys.modules.pop("texts_of_a_test")
+
+
+def test_tables_and_sparse_matrices_from_a_function(frame, tmp_path, monkeypatch):
+    registered(pipeline(frame), "by_function", "cloudpickle")
+    frame.to_pickle(tmp_path / "frame.pkl")
+    (tmp_path / "tables_of_a_test.py").write_text(
+        "import numpy as np, pandas as pd\n"
+        "from scipy import sparse\n"
+        f"frame = pd.read_pickle({str(tmp_path / 'frame.pkl')!r})\n"
+        "def table(): return frame.drop(columns='left'), frame['left'].to_numpy()\n"
+        "def matrix(): return sparse.csr_array(np.eye(30, 4)), np.arange(30) % 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    wanted = flataudit.audit(
+        pipeline(frame), (frame.drop(columns="left"), frame["left"].to_numpy())
+    )
+    report = audited("by_function", "tables_of_a_test:table")
+    assert report["gap"]["value"] == pytest.approx(wanted.gap.value, rel=1e-9)
+    x, y = np.eye(30, 4), np.arange(30) % 2
+    registered(LogisticRegression(**TIGHT).fit(x, y), "sparse", "cloudpickle")
+    report = audited("sparse", "tables_of_a_test:matrix")
+    assert report["penalty"]["stationarity"] < 1e-4
+    sys.modules.pop("tables_of_a_test")

@@ -265,6 +265,10 @@ def _data(estimator: Any, steps: list[Any], pair: Any, name: str) -> tuple[Any, 
     return x, (_indices(y, estimator.classes_, name) if hasattr(estimator, "classes_") else y)
 
 
+def _first_step(estimator: Any) -> Any:
+    return estimator.steps[0][1] if hasattr(estimator, "steps") else estimator
+
+
 def _known_columns(first: Any, pair: Any, name: str) -> tuple[Any, tuple[str, ...]]:
     """The pair with a table's columns as the estimator was fitted to them, and what was left out.
 
@@ -272,8 +276,12 @@ def _known_columns(first: Any, pair: Any, name: str) -> tuple[Any, tuple[str, ..
     """
     names = getattr(first, "feature_names_in_", None)
     x: Any = pair[0] if isinstance(pair, tuple | list) and len(pair) == 2 else None
-    if names is None or not hasattr(x, "columns"):
+    if not hasattr(x, "columns"):
         return pair, ()
+    if names is None:
+        # A vectorizer of texts takes them alone, not as a table of one column.
+        reads_texts = type(_first_step(first)).__name__.endswith("Vectorizer")
+        return ((x.iloc[:, 0], pair[1]) if reads_texts and x.shape[1] == 1 else pair), ()
     given = [str(column) for column in x.columns]
     missing = [column for column in names if column not in given]
     if missing:
