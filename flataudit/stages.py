@@ -91,6 +91,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
         source,
         options=_asked(loaded, options),
         duration=result["seconds"],
+        run_tags=loaded.get("run_tags"),
     )
 
 
@@ -102,7 +103,8 @@ def log_failure(loaded: Json, error: str, options: Json) -> None:
 
     use_tracking(AuditOptions(**options).tracking_uri)
     source = ModelSource.from_dict(loaded["source"])
-    tracking.log_error(source, error, options=_asked(loaded, options))
+    asked, tags = _asked(loaded, options), loaded.get("run_tags")
+    tracking.log_error(source, error, options=asked, run_tags=tags)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,146 @@
+"""What an audit would cost: its sizes, its solver, that solver's memory, and about how long.
+
+The model is loaded once and its outputs are computed once; nothing is factorised.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from flataudit import penalty as penalties
+from flataudit.config import AuditOptions
+from flataudit.curvature.problem import Problem, make_problem, predict
+from flataudit.families import make_family
+from flataudit.labels import with_indices
+from flataudit.models.sklearn import Subject, as_network
+from flataudit.models.torch import prepare
+from flataudit.sensitivity import wants_sensitivity
+from flataudit.solvers import choose
+from flataudit.solvers.base import EIGENVALUE_LIMIT
+from flataudit.tensors import as_pair, resolve_device
+
+Json = dict[str, Any]
+
+SPECTRUM = 14.0  # Choleskys that the eigenvalues of one matrix cost (`flataudit.solvers.base`)
+EVIDENCE_SOLVES = 8.0  # trials of a search for the penalty where a spectrum would cost too much
+LOGGING_SECONDS = 2.0  # figures, page and MLflow's writes, on two cores
+_PROBE = 768  # rows of the matrix whose Cholesky measures this machine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """n_rows: N = n K' of the output space; bytes: the solver's peak; minutes: None if unknown."""
+
+    n_samples: int
+    n_params: int
+    n_rows: int
+    solver: str
+    reason: str
+    bytes: int
+    minutes: float | None
+
+    def to_dict(self) -> Json:
+        return asdict(self)
+
+
+def plan_audit(loaded: Json, options: AuditOptions) -> Plan:
+    """The plan of the audit that `flataudit.stages.load` prepared.
+
+    Raises:
+        InputError: whatever the audit itself would refuse before it factorises.
+        MemoryPlanError: no exact solver fits.
+        StoreError: the model's files cannot be had.
+    """
+    from flataudit.data import load_data
+    from flataudit.models.classes import class_names
+    from flataudit.models.registry import ModelSource, load_model
+
+    started = time.perf_counter()
+    source = ModelSource.from_dict(loaded["source"])
+    model = load_model(source)
+    data = load_data(loaded["train"], target=options.target, source=source)
+    classes = class_names(source, model) if data.y.dtype.kind == "U" else None
+    subject = as_network(model, data.pair, None, options.family)
+    problem = _problem(subject, classes, options)
+    penalty = penalties.from_argument(_penalty(subject, loaded, options), problem.params)
+    choice = choose(options.solver, problem, penalty)
+    reading = time.perf_counter() - started
+    work = operations(choice.name, problem, varied=wants_sensitivity(options.sensitivity, problem),
+                      evidence=_needs_evidence(subject, loaded, options))  # fmt: skip
+    seconds = None if work is None else reading + work / operations_per_second() + LOGGING_SECONDS
+    return Plan(
+        problem.n_samples,
+        problem.n_params,
+        problem.n_rows,
+        choice.name,
+        choice.reason,
+        choice.peak_bytes,
+        None if seconds is None else seconds / 60,
+    )
+
+
+def operations(
+    solver: str, problem: Problem, *, varied: bool, evidence: bool
+) -> float | None:
+    """Floating-point operations of an audit, about; None for a solver not known here.
+
+    Per factorisation, primal: the P x P matrix from N rows, its Cholesky, and the rows whitened;
+    dual: the N x N matrix, its Cholesky and its inverse. One factorisation for the audit, one for
+    the recalibrated model, two more where the penalty is varied, and the search for a penalty
+    where none is known; eigenvalues where the matrix is small.
+    """
+    p, n = float(problem.n_params), float(problem.n_rows)
+    once = {"primal": 3 * n * p * p + p**3 / 3, "dual": n * n * min(p, n) + 2 * n**3 / 3}
+    size = {"primal": p, "dual": n}
+    if solver not in once:
+        return None
+    small = min(p, n) <= EIGENVALUE_LIMIT
+    solves = 2.0 + (2.0 if varied else 0.0) + (EVIDENCE_SOLVES if evidence and not small else 0.0)
+    spectra = (1.0 + evidence) if small else 0.0
+    return solves * once[solver] + spectra * SPECTRUM * size[solver] ** 3 / 3
+
+
+@cache
+def operations_per_second() -> float:
+    """Floating-point operations per second of a float64 Cholesky here; takes some 20 ms."""
+    matrix = torch.eye(_PROBE, dtype=torch.float64) + 1e-3
+    torch.linalg.cholesky(matrix)
+    started = time.perf_counter()
+    for _ in range(3):
+        torch.linalg.cholesky(matrix)
+    return _PROBE**3 / (time.perf_counter() - started)  # three times n^3/3
+
+
+def _problem(subject: Subject, classes: Any, options: AuditOptions) -> Problem:
+    train, _, names, _ = with_indices(subject.train, None, classes)
+    x, y = as_pair(train, "train")
+    where = resolve_device(options.device)
+    prepared = prepare(subject.model, x, where)
+    x = x.to(prepared.dtype, where)
+    n_outputs = predict(prepared.module, x[:2]).shape[1]
+    likelihood = make_family(subject.family, y, n_outputs, 1.0)
+    if names is not None:
+        names.check(n_outputs, likelihood.name)
+    y = likelihood.check(y, n_outputs).to(where)
+    return make_problem(prepared.module, x, y, likelihood)
+
+
+def _penalty(subject: Subject, loaded: Json, options: AuditOptions) -> Any:
+    """One with the audit's unpenalised parameters, which is all that a plan depends on."""
+    if options.penalty != "auto":
+        return options.penalty
+    own = subject.penalty
+    if loaded["training"] is None and own is not None and own.record.optimizer == "converged":
+        return own.decay
+    return 1.0
+
+
+def _needs_evidence(subject: Subject, loaded: Json, options: AuditOptions) -> bool:
+    """Whether nothing tells the penalty, so that it has to be searched for."""
+    known = options.penalty != "auto" or loaded["training"] is not None
+    return not known and subject.penalty is None
