@@ -393,7 +393,12 @@ def _place(loc: Place) -> Place:
     return known
 
 
-_PARTS = {"model": Models, "data": Data, "options": Options, "schedule": Schedule}
+_PARTS: dict[str, type[BaseModel]] = {
+    "model": Models,
+    "data": Data,
+    "options": Options,
+    "schedule": Schedule,
+}
 _UNIONS = {
     "penalty": "auto, a number, or numbers by parameter name",
     "dispersion": "auto or a number",

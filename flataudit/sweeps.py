@@ -182,7 +182,9 @@ def markdown(rows: list[Json], limit: int = 25) -> str:
     order = {"failed": 0, "audited": 1, "skipped": 2}
     lines = ["| model | state | verdict | gap |", "| --- | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: order[row["state"]])[:limit]:
-        gap = "" if row["gap"] is None else f"{row['gap']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        gap = (
+            "" if row["gap"] is None else f"{row['gap']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        )
         told = (row["error"] or row["verdict"] or "")[:150].replace("|", "/")
         lines.append(f"| {row['model']} | {row['state']} | {told} | {gap} |")
     if len(rows) > limit:

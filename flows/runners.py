@@ -7,6 +7,7 @@ FLATAUDIT_DASK_ADDRESS: of a running Dask scheduler; without it a cluster on thi
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,7 @@ def _processes(workers: int) -> Any:
 
 def _dask(workers: int) -> Any:
     try:
-        from prefect_dask import DaskTaskRunner
+        runner = importlib.import_module("prefect_dask").DaskTaskRunner
     except ModuleNotFoundError as error:
         raise InputError(
             f"expected prefect-dask for {RUNNER}=dask, got no module {error.name!r}; pip install"
@@ -59,9 +60,10 @@ def _dask(workers: int) -> Any:
         ) from None
     address = os.environ.get(ADDRESS)
     if address:
-        return DaskTaskRunner(address=address)
-    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    return DaskTaskRunner(cluster_kwargs=local)
+        return runner(address=address)
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None,
+             "silence_logs": "ERROR"}  # fmt: skip
+    return runner(cluster_kwargs=local)
 
 
 RUNNERS: dict[str, Callable[[int], Any]] = {

@@ -32,11 +32,7 @@ Json = dict[str, Any]
 
 RETRY_DELAY = 5.0  # seconds before the first retry; doubled before each later one
 FAILED = "AuditsFailed"  # name of the completed state of a sweep in which an audit failed
-NOTHING = {
-    name: None
-    for name in ("verdict", "gap", "low", "high", "confidence", "warnings", "seconds", "run_id",
-                 "error")
-}  # fmt: skip
+COLUMNS = ["verdict", "gap", "low", "high", "confidence", "warnings", "seconds", "run_id", "error"]
 
 
 @task(name="audit", task_run_name="audit {uri}")
@@ -101,8 +97,7 @@ def sweep_flow(pipeline: str | Json) -> Any:
         ]
         wait(futures)
         rows = [
-            _outcome(version.uri, future)
-            for version, future in zip(versions, futures, strict=True)
+            _outcome(version.uri, future) for version, future in zip(versions, futures, strict=True)
         ]
         counts = {
             state: sum(row["state"] == state for row in rows)
@@ -179,4 +174,4 @@ def _outcome(uri: str, future: Any) -> Json:
 
 
 def _row(uri: str, state: str, **found: Any) -> Json:
-    return {"model": uri, "state": state} | NOTHING | found
+    return {"model": uri, "state": state} | dict.fromkeys(COLUMNS) | found

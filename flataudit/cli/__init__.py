@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from flataudit.cli import audit, demo
+from flataudit.cli import audit, demo, run, serve
 from flataudit.errors import FlatauditError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 # Each command's file imports nothing heavy before it runs.
 app.command()(audit.audit)
+app.command()(run.run)
+app.command()(serve.serve)
 app.command()(demo.demo)
 
 
