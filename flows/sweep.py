@@ -18,6 +18,7 @@ from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import exponential_backoff
+from prefect.transactions import CommitMode, transaction
 
 from flataudit import stages, sweeps
 from flataudit.audit_key import KEY_TAG, key_of
@@ -42,27 +43,9 @@ def audit_version(uri: str, pipeline: Json, parent_run_id: str) -> Json:
     Raises:
         FlatauditError: as `flataudit.stages.run_audit`.
     """
-    asked = make_pipeline(pipeline)
-    options = asked.audit_options()
-    values = options.model_dump()
-    run = _with_retries(asked.retries)
-    loaded = run.load(uri, asked.data.train, asked.data.heldout, values)
-    key = key_of(loaded, options)
-    source = ModelSource.from_dict(loaded["source"])
-    done = sweeps.audited_run(key, source)
-    if done is not None:
-        return _row(uri, "skipped", **sweeps.recorded(done))
-    tags = {KEY_TAG: key, sweeps.PIPELINE_TAG: asked.name, sweeps.PARENT_TAG: parent_run_id}
-    loaded = loaded | {"run_tags": tags}
-
-    def log(loaded: Json, result: Json, options: Json) -> str:
-        # A kept estimate may be of another version with the same weights.
-        model = result["report"]["model"] | source.report_fields()
-        return run.log(loaded, result | {"report": result["report"] | {"model": model}}, options)
-
-    again = stages.Stages(load=lambda *_: loaded, estimate=run.estimate, log=log)
-    found = stages.run_audit(uri, asked.data.train, asked.data.heldout, options, stages=again)
-    return _row(uri, "audited", **sweeps.recorded(found["run_id"]))
+    # A finished estimate is kept at once, not only where the whole task succeeds.
+    with transaction(commit_mode=CommitMode.EAGER):
+        return _audited_or_skipped(uri, make_pipeline(pipeline), parent_run_id)
 
 
 @flow(
@@ -122,6 +105,29 @@ def summary(counts: Json) -> str:
     '3 audited, 0 skipped, 1 failed'
     """
     return ", ".join(f"{number} {state}" for state, number in counts.items())
+
+
+def _audited_or_skipped(uri: str, asked: Pipeline, parent_run_id: str) -> Json:
+    options = asked.audit_options()
+    values = options.model_dump()
+    run = _with_retries(asked.retries)
+    loaded = run.load(uri, asked.data.train, asked.data.heldout, values)
+    key = key_of(loaded, options)
+    source = ModelSource.from_dict(loaded["source"])
+    done = sweeps.audited_run(key, source)
+    if done is not None:
+        return _row(uri, "skipped", **sweeps.recorded(done))
+    tags = {KEY_TAG: key, sweeps.PIPELINE_TAG: asked.name, sweeps.PARENT_TAG: parent_run_id}
+    loaded = loaded | {"run_tags": tags}
+
+    def log(loaded: Json, result: Json, options: Json) -> str:
+        # A kept estimate may be of another version with the same weights.
+        model = result["report"]["model"] | source.report_fields()
+        return run.log(loaded, result | {"report": result["report"] | {"model": model}}, options)
+
+    again = stages.Stages(load=lambda *_: loaded, estimate=run.estimate, log=log)
+    found = stages.run_audit(uri, asked.data.train, asked.data.heldout, options, stages=again)
+    return _row(uri, "audited", **sweeps.recorded(found["run_id"]))
 
 
 def _run_name(pipeline: Any) -> str:

@@ -70,6 +70,6 @@ def _quiet() -> None:
         return
     warnings.simplefilter("ignore")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     for name in ("alembic", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
