@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 
 from flataudit.config import AuditOptions
 from flataudit.errors import InputError
+from flataudit.policy import read_policy
 
 Json = dict[str, Any]
 Place = tuple[str | int, ...]  # of a value in the file: keys and indices from the top
@@ -220,7 +221,7 @@ def read_pipeline(path: Path | str) -> Pipeline:
 
     Raises:
         InputError: no such file, not YAML, an unknown or missing key, a bad value, or a policy
-            file that does not exist; names file, line and field.
+            that does not exist or is not one; names file, line and field.
     """
     path = Path(path)
     try:
@@ -235,8 +236,10 @@ def read_pipeline(path: Path | str) -> Pipeline:
     values, lines = _parse(text, str(path))
     pipeline = _validated(values, str(path), lines)
     pipeline = _from_folder(pipeline, path.parent)
-    if pipeline.policy is not None and not Path(pipeline.policy).is_file():
-        _refuse(str(path), lines, ("policy",), f"a file, got none at {pipeline.policy}")
+    if pipeline.policy is not None:
+        if not Path(pipeline.policy).is_file():
+            _refuse(str(path), lines, ("policy",), f"a file, got none at {pipeline.policy}")
+        read_policy(Path(pipeline.policy))
     return pipeline
 
 

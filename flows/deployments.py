@@ -71,6 +71,7 @@ def serve_all(pipelines: Mapping[Path, Pipeline]) -> None:
     """
     from prefect import serve
     from prefect.exceptions import PrefectException
+    from prefect.schedules import Cron
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
@@ -85,7 +86,7 @@ def serve_all(pipelines: Mapping[Path, Pipeline]) -> None:
             description=_description(pipeline),
             tags=[TAG, *pipeline.tags],
             parameters={"pipeline": str(path.absolute())},
-            schedules=_schedules(pipeline),
+            schedules=[Cron(item["cron"], item["timezone"]) for item in _schedules(pipeline)],
             concurrency_limit=_limit(),
         )
         for path, pipeline in pipelines.items()

@@ -68,7 +68,7 @@ def test_smallest_file(write):
 
 
 def test_everything(write, tmp_path):
-    (tmp_path / "gate.yaml").write_text("mode: dry_run\n")
+    (tmp_path / "gate.yaml").write_text("max_gap: 0.1\n")
     path = write(
         "name: all\n"
         "model: {name: 'churn-*', select: alias, alias: champion}\n"
@@ -184,6 +184,12 @@ def test_no_such_file(tmp_path):
     for path, told in ((tmp_path / "a.yaml", "no such file"), (tmp_path, "a folder")):
         with pytest.raises(InputError, match=f"expected a pipeline file at .*{told}"):
             read_pipeline(path)
+
+
+def test_a_bad_policy_is_named_by_its_own_line(write, tmp_path):
+    (tmp_path / "gate.yaml").write_text("max_gap: 0.1\nmax_gapp: 0.1\n")
+    with pytest.raises(InputError, match=r"gate\.yaml:2.*max_gapp"):
+        read_pipeline(write(GOOD + "policy: gate.yaml\n"))
 
 
 def test_plain_values_are_refused_by_field():
