@@ -113,7 +113,10 @@ def test_failures_are_rows(run, tmp_path):
     ("files", "told"),
     [
         ({}, "expected a pipeline file at"),
-        ({"a": "name: a\nmodel: {}\ndata: {train: mlflow}\n"}, "a.yaml:2: model.name: expected a value"),
+        (
+            {"a": "name: a\nmodel: {}\ndata: {train: mlflow}\n"},
+            "a.yaml:2: model.name: expected a value",
+        ),
         ({"a": "name: x", "b": "name: x"}, "b.yaml"),
     ],
 )

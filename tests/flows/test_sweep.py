@@ -8,7 +8,7 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from flataudit import stages, tracking
+from flataudit import cli, stages, tracking
 from flataudit.errors import AuditFailedError, InputError, StoreError
 from tests.shells import environment
 from tests.sweep_store import HEALTHY, PLANTED, make_fleet, table
@@ -264,23 +264,31 @@ def write(tmp_path, fleet, **more):
     return path
 
 
-def test_by_the_command_line(server, fleet, client, tmp_path):
+def test_by_the_command_line(sweep, fleet, client, tmp_path, monkeypatch, capfd):
+    """In this process, against the server of the tests: table, JSON and exit codes."""
+    monkeypatch.setattr(cli, "_quiet", lambda: None)
+
+    def run(*words):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["flataudit", "run", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, capfd.readouterr().out
+
     path = write(tmp_path, fleet)
-    done = flataudit(server, fleet, tmp_path, "run", path, "--json", tmp_path / "out.json")
-    assert done.returncode == 3, done.stderr
-    assert done.stderr == ""
-    assert "fleet: 3 audited, 3 failed" in done.stdout
+    code, out = run(path, "--json", tmp_path / "out.json")
+    assert code == 3
+    assert "fleet: 3 audited, 3 failed" in out
     (result,) = json.loads((tmp_path / "out.json").read_text())
     assert sorted(row["model"] for row in result["rows"]) == ALL
     assert len(audits(client)) == 3
     for uri in PLANTED:
-        assert f"\n{uri}: expected" in done.stdout
-    (path.parent / "healthy.yaml").write_text(
-        json.dumps(fleet.pipeline(name="healthy", model={"name": "fleet-[ab]", "select": "all"}))
-    )
-    done = flataudit(server, fleet, tmp_path, "run", path.parent / "healthy.yaml", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["counts"] == {"audited": 0, "skipped": 3, "failed": 0}
+        assert f"\n{uri}: expected" in out
+    assert f"run {result['run_id']} in experiment flataudit" in out
+    path = write(tmp_path, fleet, model={"name": "fleet-[ab]", "select": "all"})
+    code, out = run(path, "--json", "-")
+    assert code == 0
+    assert json.loads(out)[0]["counts"] == {"audited": 0, "skipped": 3, "failed": 0}
 
 
 # --- processes and Dask -------------------------------------------------------------------------
