@@ -11,8 +11,9 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from flataudit import keys, records
+from flataudit import keys, records, stages
 from flataudit.audits import PastAudit, read_report, required_audit
+from flataudit.config import AuditOptions
 from flataudit.errors import InputError, NumericalError
 from flataudit.store import use_tracking
 
@@ -25,12 +26,12 @@ Json = dict[str, Any]
 Z = 1.6448536269514722  # a 90 % interval, as of a gap
 
 
-def measure(request: Json) -> Json:
-    """The model's mean loss on data, as an audit measures it; JSON in, JSON out.
+def measure_here(request: Json, progress: stages.Progress | None = None) -> Json:
+    """The model's mean loss on data, as an audit measures it; the model's code runs here.
 
     Args:
-        request: {source (of `ModelSource.to_dict`), heldout, target, family, dispersion, device}:
-            family and dispersion those of the audit.
+        request: {source (of `ModelSource.to_dict`), heldout, target, family, dispersion, device,
+            tracking_uri}: family and dispersion those of the audit.
 
     Returns:
         {nll, nll_se, accuracy, n, sha256}: nats per example, with its standard error sd/sqrt(n);
@@ -54,6 +55,7 @@ def measure(request: Json) -> Json:
     from flataudit.models.torch import prepare
     from flataudit.tensors import as_pair, resolve_device
 
+    use_tracking(request["tracking_uri"])
     source = ModelSource.from_dict(request["source"])
     data = load_data(request["heldout"], target=request["target"], source=source)
     model = load_model(source)
@@ -118,6 +120,7 @@ def observe(
     Raises:
         InputError: no such model, no audit of it, data that do not fit it or are its training data.
         StoreError: MLflow cannot be read or written.
+        AuditFailedError: the model's code crashed, which a child process runs.
     """
     from flataudit.models.registry import resolve
 
@@ -140,8 +143,9 @@ def observe(
         "family": report["family"],
         "dispersion": None if dispersion is None else dispersion["value"],
         "device": device,
+        "tracking_uri": tracking_uri,
     }
-    found = measure(request)
+    found = stages.in_child("flataudit.observe:measure_here", request, AuditOptions())
     if found["sha256"] == report["data"]["sha256"]:
         raise InputError(
             f"expected data never used in training, got the training data of {source.uri} in"

@@ -97,13 +97,34 @@ def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> J
         AuditFailedError: the child crashed.
     """
     chosen = AuditOptions(**options)
-    limit = _memory_limit(chosen)
-    found: Json = isolation.run(
+    request = {"loaded": loaded, "options": options, "memory_limit": _memory_limit(chosen)}
+    return in_child(
         "flataudit.stages:estimate_here",
-        {"loaded": loaded, "options": options, "memory_limit": limit},
-        deadline=chosen.deadline,
+        request,
+        chosen,
         spent=loaded["seconds"],
-        memory_limit=limit,
+        progress=progress,
+    )
+
+
+def in_child(
+    function: str,
+    request: Json,
+    options: AuditOptions,
+    *,
+    spent: float = 0.0,
+    progress: Progress | None = None,
+) -> Json:
+    """Runs `module:function` of the package, JSON in and JSON out, within deadline and memory.
+
+    spent: seconds of the deadline that are gone already.
+    """
+    found: Json = isolation.run(
+        function,
+        request,
+        deadline=options.deadline,
+        spent=spent,
+        memory_limit=_memory_limit(options),
         progress=progress,
         preload=PRELOAD,
         name="the audit",
@@ -125,6 +146,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
         source,
         options=_asked(loaded, options),
         duration=result["seconds"],
+        run_tags=loaded.get("run_tags"),
     )
 
 
@@ -136,7 +158,8 @@ def log_failure(loaded: Json, error: str, options: Json) -> None:
 
     use_tracking(AuditOptions(**options).tracking_uri)
     source = ModelSource.from_dict(loaded["source"])
-    tracking.log_error(source, error, options=_asked(loaded, options))
+    asked, tags = _asked(loaded, options), loaded.get("run_tags")
+    tracking.log_error(source, error, options=asked, run_tags=tags)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ def log_audit(
     options: Mapping[str, Any] | None = None,
     duration: float | None = None,
     experiment: str = EXPERIMENT,
+    run_tags: Mapping[str, str] | None = None,
 ) -> str:
     """Logs a finished audit and sets the model's verdict.
 
@@ -122,6 +123,8 @@ def log_audit(
             run's params, `train` and `heldout` its inputs.
         duration: Seconds the audit took.
         experiment: Where the run goes.
+        run_tags: More tags of the run, set as it is made: a sweep's `flataudit.audit_key` and
+            `mlflow.parentRunId`.
 
     Returns:
         The id of the audit run.
@@ -133,7 +136,7 @@ def log_audit(
     options = dict(options or {})
     folder = _rendered(report, display, earlier_audits(source.name))
     metrics = metrics_of(report)
-    with _audit_run(source, options, experiment) as (client, run_id, link):
+    with _audit_run(source, options, experiment, run_tags) as (client, run_id, link):
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
         client.log_artifacts(run_id, folder, ARTIFACTS)
         model_id = logged_model_id(client, source)
@@ -154,6 +157,7 @@ def log_error(
     *,
     options: Mapping[str, Any] | None = None,
     experiment: str = EXPERIMENT,
+    run_tags: Mapping[str, str] | None = None,
 ) -> str | None:
     """Logs an audit that failed or ran past its deadline (exit code 3): verdict `error`.
 
@@ -166,7 +170,7 @@ def log_error(
     options = dict(options or {})
     found = {"error": error, "model": source.report_fields(), "options": _params(options)}
     try:
-        with _audit_run(source, options, experiment) as (client, run_id, link):
+        with _audit_run(source, options, experiment, run_tags) as (client, run_id, link):
             client.log_dict(run_id, found, f"{ARTIFACTS}/error.json")
             tags = {**_bound_to(source, run_id), VERDICT: "error"}
             block = f"**flataudit: error.** The audit failed: {markdown_text(error)}"
@@ -283,7 +287,10 @@ def _npz_arrays(x: Any) -> dict[str, Any]:
 
 @contextmanager
 def _audit_run(
-    source: ModelSource, options: Mapping[str, Any], experiment: str
+    source: ModelSource,
+    options: Mapping[str, Any],
+    experiment: str,
+    more_tags: Mapping[str, str] | None,
 ) -> Iterator[tuple[MlflowClient, str, str]]:
     """A client, a new run's id and its link inside the MLflow UI; FAILED where the block fails."""
     with store_errors(f"log the audit of {source.uri}"):
@@ -293,7 +300,7 @@ def _audit_run(
         experiment_id = ensure_experiment(experiment)
         client = MlflowClient()
         name = f"{source.name} v{source.version}" if source.name else Path(source.uri).name
-        tags = {URI_TAG: source.uri, "mlflow.source.name": "flataudit"}
+        tags = {**(more_tags or {}), URI_TAG: source.uri, "mlflow.source.name": "flataudit"}
         run_id = client.create_run(experiment_id, tags=tags, run_name=f"audit {name}").info.run_id
         try:
             client.log_batch(run_id, params=[Param(k, v) for k, v in _params(options).items()])

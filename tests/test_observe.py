@@ -13,7 +13,7 @@ from flataudit.config import AuditOptions
 from flataudit.errors import InputError
 from flataudit.identity import identify
 from flataudit.models.registry import resolve
-from flataudit.observe import measure, observe
+from flataudit.observe import measure_here, observe
 from flataudit.track_record import read_outcomes
 from tests.audited_store import pointed_at
 from tests.shells import make_models
@@ -114,5 +114,5 @@ def test_measure_is_json_in_json_out(client, models):
     report = read_report(required_audit(identify(uri)))
     request = {"source": resolve(uri).to_dict(), "heldout": models.heldout, "target": None,
                "family": report["family"], "dispersion": None, "device": "cpu"}  # fmt: skip
-    found = measure(json.loads(json.dumps(request)))
+    found = measure_here(json.loads(json.dumps(request)))
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from flataudit.cli import audit, audits, compare, demo, gate, observe, webhook
+from flataudit.cli import audit, audits, compare, demo, gate, observe, run, serve, webhook
 from flataudit.errors import FlatauditError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command()(compare.compare)
 app.command()(observe.observe)
 app.command()(observe.track_record)
 app.add_typer(audits.audits, name="audits")
+app.command()(run.run)
+app.command()(serve.serve)
 app.command()(demo.demo)
 app.add_typer(webhook.app, name="webhook")
 
@@ -74,6 +76,6 @@ def _quiet() -> None:
         return
     warnings.simplefilter("ignore")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     for name in ("alembic", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,167 @@
+"""What an audit would cost: its sizes, its solver, that solver's memory, and about how long.
+
+The model is loaded once and its outputs are computed once; nothing is factorised.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from flataudit import penalty as penalties
+from flataudit import stages
+from flataudit.config import AuditOptions
+from flataudit.curvature.problem import Problem, make_problem, predict
+from flataudit.families import make_family
+from flataudit.labels import with_indices
+from flataudit.models.sklearn import Subject, as_network
+from flataudit.models.torch import prepare
+from flataudit.sensitivity import wants_sensitivity
+from flataudit.solvers import choose
+from flataudit.solvers.base import EIGENVALUE_LIMIT
+from flataudit.tensors import as_pair, resolve_device
+
+Json = dict[str, Any]
+
+# Costs in floating-point operations at the speed of a matrix product, as measured on networks of
+# 63 to 25,000 parameters; audits of more than a second took 0.6 to 2.5 times what they say.
+SPECTRUM = 14.0  # Choleskys that the eigenvalues of one matrix cost (`flataudit.solvers.base`)
+JACOBIAN = 1500.0  # operations per entry of the Jacobian, which is differentiated and not computed
+EVIDENCE_SOLVES = 12.0  # trials of a search for the penalty where a spectrum would cost too much
+LOGGING_SECONDS = 2.0  # figures, page and MLflow's writes, on two cores
+_PROBE = 1024  # rows of the matrices whose product measures this machine
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """n_rows: N = n K' of the output space; bytes: the solver's peak; minutes: None if unknown."""
+
+    n_samples: int
+    n_params: int
+    n_rows: int
+    solver: str
+    reason: str
+    bytes: int
+    minutes: float | None
+
+    def to_dict(self) -> Json:
+        return asdict(self)
+
+
+def plan_audit(loaded: Json, options: AuditOptions) -> Plan:
+    """The plan of the audit that `flataudit.stages.load` prepared; a child process makes it.
+
+    Raises:
+        InputError: whatever the audit itself would refuse before it factorises.
+        MemoryPlanError: no exact solver fits.
+        StoreError: the model's files cannot be had.
+        DeadlineError, AuditFailedError: the model's code ran past the deadline, or crashed.
+    """
+    request = {"loaded": loaded, "options": options.model_dump()}
+    spent = loaded["seconds"]
+    return Plan(**stages.in_child("flataudit.planning:plan_here", request, options, spent=spent))
+
+
+def plan_here(request: Json, progress: stages.Progress) -> Json:
+    """`plan_audit` in this process: the model's code runs here."""
+    from flataudit.columns import own_column
+    from flataudit.data import load_data
+    from flataudit.models.classes import class_names
+    from flataudit.models.registry import ModelSource, load_model, training_record
+    from flataudit.store import use_tracking
+
+    started = time.perf_counter()
+    loaded, options = request["loaded"], AuditOptions(**request["options"])
+    use_tracking(options.tracking_uri)
+    source = ModelSource.from_dict(loaded["source"])
+    model = load_model(source)
+    own = own_column(options.slices)
+    data = load_data(loaded["train"], target=options.target, source=source, slices=own)
+    recorded = loaded["training"] is not None
+    if options.training == "auto":
+        recorded = training_record(source, len(data.y))[0] is not None
+    classes = class_names(source, model) if data.y.dtype.kind == "U" else None
+    subject = as_network(model, data.pair, None, options.family)
+    problem = _problem(subject, classes, options)
+    penalty = penalties.from_argument(_penalty(subject, recorded, options), problem.params)
+    choice = choose(options.solver, problem, penalty)
+    reading = time.perf_counter() - started
+    work = operations(choice.name, problem, varied=wants_sensitivity(options.sensitivity, problem),
+                      evidence=_needs_evidence(subject, recorded, options))  # fmt: skip
+    seconds = None if work is None else reading + work / operations_per_second() + LOGGING_SECONDS
+    found = Plan(
+        problem.n_samples,
+        problem.n_params,
+        problem.n_rows,
+        choice.name,
+        choice.reason,
+        choice.peak_bytes,
+        None if seconds is None else seconds / 60,
+    )
+    return found.to_dict()
+
+
+def operations(solver: str, problem: Problem, *, varied: bool, evidence: bool) -> float | None:
+    """Floating-point operations of an audit, about; None for a solver not known here.
+
+    Per factorisation, primal: the P x P matrix from N rows, its Cholesky, and the rows whitened;
+    dual: the N x N matrix, its Cholesky and its inverse. One factorisation for the audit, one for
+    the recalibrated model, two more where the penalty is varied, and the search for a penalty
+    where none is known; eigenvalues where the matrix is small.
+    """
+    p, n = float(problem.n_params), float(problem.n_rows)
+    once = {
+        "primal": 3 * n * p * p + p**3 / 3 + 2 * JACOBIAN * n * p,
+        "dual": n * n * min(p, n) / 3 + 2 * n**3 / 3,
+    }
+    size = {"primal": p, "dual": n}
+    if solver not in once:
+        return None
+    small = min(p, n) <= EIGENVALUE_LIMIT
+    solves = 2.0 + (2.0 if varied else 0.0) + (EVIDENCE_SOLVES if evidence and not small else 0.0)
+    spectra = (1.0 + evidence) if small else 0.0
+    return solves * once[solver] + spectra * SPECTRUM * size[solver] ** 3 / 3
+
+
+@cache
+def operations_per_second() -> float:
+    """Floating-point operations per second of a float64 matrix product here; takes some 0.1 s."""
+    matrix = torch.full((_PROBE, _PROBE), 1e-3, dtype=torch.float64)
+    _ = matrix @ matrix
+    started = time.perf_counter()
+    _ = matrix @ matrix
+    return 2.0 * _PROBE**3 / (time.perf_counter() - started)
+
+
+def _problem(subject: Subject, classes: Any, options: AuditOptions) -> Problem:
+    train, _, names, _ = with_indices(subject.train, None, classes)
+    x, y = as_pair(train, "train")
+    where = resolve_device(options.device)
+    prepared = prepare(subject.model, x, where)
+    x = x.to(prepared.dtype, where)
+    n_outputs = predict(prepared.module, x[:2]).shape[1]
+    likelihood = make_family(subject.family, y, n_outputs, 1.0)
+    if names is not None:
+        names.check(n_outputs, likelihood.name)
+    y = likelihood.check(y, n_outputs).to(where)
+    return make_problem(prepared.module, x, y, likelihood)
+
+
+def _penalty(subject: Subject, recorded: bool, options: AuditOptions) -> Any:
+    """One with the audit's unpenalised parameters, which is all that a plan depends on."""
+    if options.penalty != "auto":
+        return options.penalty
+    own = subject.penalty
+    if not recorded and own is not None and own.record.optimizer == "converged":
+        return own.decay
+    return 1.0
+
+
+def _needs_evidence(subject: Subject, recorded: bool, options: AuditOptions) -> bool:
+    """Whether nothing tells the penalty, so that it has to be searched for."""
+    known = options.penalty != "auto" or recorded
+    return not known and subject.penalty is None

@@ -1,0 +1,270 @@
+"""The registry's side of a sweep: which versions, which are audited already, and its own run.
+
+Versions are searched page by page and filtered here: MLflow's filter `tags.x != 'pass'` leaves out
+versions without the tag, which are the very ones that are looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from flataudit.audit_key import KEY_TAG
+from flataudit.errors import InputError
+from flataudit.keys import DURATION, EXPERIMENT, URI_TAG, VERDICT
+from flataudit.models.registry import ModelSource, resolve
+from flataudit.pipeline import Models, Pipeline
+from flataudit.store import ensure_experiment, store_errors
+from flataudit.tracking import policy_hash
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+Json = dict[str, Any]
+
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI shows the audits below their sweep
+PIPELINE_TAG = "flataudit.pipeline"  # on a sweep's run and on its audits'
+TABLE = "flataudit/sweep.json"  # artifact of a sweep's run
+PAGE = 1000  # versions or runs per request
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a registered model."""
+
+    name: str
+    version: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def select_versions(models: Models) -> list[Version]:
+    """The versions that a pipeline names, by name and then by number.
+
+    Raises:
+        InputError: no such model, alias or version; of several models by a pattern those without
+            the alias or the version are left out.
+        StoreError: the registry cannot be read.
+    """
+    with store_errors(f"look up the versions of {models.name}"):
+        client = _client()
+        found: dict[str, list[ModelVersion]] = {}
+        for version in _search(client, models.name):
+            found.setdefault(version.name, []).append(version)
+        for versions in found.values():
+            versions.sort(key=lambda v: int(v.version))
+        chosen = [v for name in sorted(found) for v in _chosen(client, models, found[name])]
+    if not found:
+        raise InputError(
+            f"expected model.name to be a registered model with versions, or a pattern of such,"
+            f" got {models.name!r}; check the name and the tracking URI"
+        )
+    if not chosen and models.select in ("alias", "version"):
+        wanted = getattr(models, models.select)
+        raise InputError(
+            f"expected {models.select} {wanted} of {models.name}, got none; check model.select"
+        )
+    return [Version(v.name, str(v.version)) for v in chosen]
+
+
+def audited_run(key: str, source: ModelSource) -> str | None:
+    """The run of a finished audit with this key whose verdict this version has or had since.
+
+    None where there is none, where its verdict was not written (the process ended in between), or
+    where the version's verdict is an error since then.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    with store_errors(f"look for an earlier audit of {source.uri}"):
+        client = _client()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return None
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.`{KEY_TAG}` = '{key}' and tags.`{URI_TAG}` = {_quoted(source.uri)}"
+            " and attributes.status = 'FINISHED'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not runs:
+            return None
+        run = runs[0]
+        if source.kind == "registry":
+            tags = client.get_model_version(str(source.name), str(source.version)).tags
+            written = tags.get("flataudit.audited_at", "")
+            of_run = run.data.tags.get("flataudit.audited_at", "")
+            if written < of_run or tags.get(VERDICT, "error") == "error":
+                return None
+        return str(run.info.run_id)
+
+
+def start_sweep(pipeline: Pipeline) -> str:
+    """A new MLflow run for the sweep; returns its id.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    with store_errors(f"start the run of the sweep {pipeline.name}"):
+        client = _client()
+        tags = {
+            PIPELINE_TAG: pipeline.name,
+            "flataudit.pipeline_tags": ", ".join(pipeline.tags),
+            "mlflow.source.name": "flataudit",
+        }
+        experiment = ensure_experiment(EXPERIMENT)
+        run = client.create_run(experiment, tags=tags, run_name=f"sweep {pipeline.name}")
+        run_id = str(run.info.run_id)
+        client.log_dict(run_id, pipeline.to_dict(), "flataudit/pipeline.json")
+        return run_id
+
+
+def finish_sweep(run_id: str, rows: list[Json], counts: Mapping[str, int], note: str) -> None:
+    """Writes the sweep's table, its counts and its description, and ends its run.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    with store_errors(f"log the sweep to run {run_id}"):
+        client = _client()
+        client.log_dict(run_id, table, TABLE)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(f"flataudit/{name}", float(n), 0, 0) for name, n in counts.items()],
+            tags=[
+                RunTag("mlflow.note.content", note),
+                RunTag("mlflow.loggedArtifacts", f'[{{"path": "{TABLE}", "type": "table"}}]'),
+            ],
+        )
+        client.set_terminated(run_id, "FAILED" if counts.get("failed") else "FINISHED")
+
+
+def abandon_sweep(run_id: str) -> None:
+    """Marks the run of a sweep that could not be finished."""
+    with suppress(Exception):
+        _client().set_terminated(run_id, "FAILED")
+
+
+def recorded(run_id: str) -> Json:
+    """What an audit run says of its model: verdict, gap, low, high, confidence, warnings, seconds.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    with store_errors(f"read the audit run {run_id}"):
+        data = _client().get_run(run_id).data
+    metrics, tags = data.metrics, data.tags
+    return {
+        "verdict": tags.get(VERDICT),
+        "gap": metrics.get("flataudit/gap"),
+        "low": metrics.get("flataudit/gap_low"),
+        "high": metrics.get("flataudit/gap_high"),
+        "confidence": tags.get("flataudit.confidence"),
+        "warnings": tags.get("flataudit.warnings"),
+        "seconds": metrics.get(DURATION),
+        "run_id": run_id,
+    }
+
+
+def markdown(rows: list[Json], limit: int = 25) -> str:
+    """The table for a run's description, the failed first; at most `limit` rows."""
+    order = {"failed": 0, "audited": 1, "skipped": 2}
+    lines = ["| model | state | verdict | gap |", "| --- | --- | --- | --- |"]
+    for row in sorted(rows, key=lambda row: order[row["state"]])[:limit]:
+        gap = (
+            "" if row["gap"] is None else f"{row['gap']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        )
+        told = (row["error"] or row["verdict"] or "")[:150].replace("|", "/")
+        lines.append(f"| {row['model']} | {row['state']} | {told} | {gap} |")
+    if len(rows) > limit:
+        lines.append(f"\n{len(rows) - limit} more in {TABLE}.")
+    return "\n".join(lines)
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+
+def _search(client: MlflowClient, pattern: str) -> Iterator[ModelVersion]:
+    """All versions of the models whose name matches; LIKE narrows, fnmatch decides."""
+    if re.search(r"[*?\[]", pattern):
+        like = re.sub(r"\[[^\]]*\]|\*+", "%", pattern).replace("?", "_")
+        query = f"name LIKE {_quoted(like)}"
+    else:
+        query = f"name = {_quoted(pattern)}"
+    token = None
+    while True:
+        page = client.search_model_versions(query, max_results=PAGE, page_token=token)
+        yield from (v for v in page if v.name == pattern or fnmatchcase(v.name, pattern))
+        token = page.token
+        if not token:
+            return
+
+
+def _chosen(
+    client: MlflowClient, models: Models, versions: list[ModelVersion]
+) -> list[ModelVersion]:
+    """Of one model's versions, ascending, those that are asked for."""
+    match models.select:
+        case "all":
+            return versions
+        case "latest":
+            return versions[-1:]
+        case "version":
+            return [v for v in versions if int(v.version) == models.version]
+        case "alias":
+            aliases = client.get_registered_model(versions[0].name).aliases
+            wanted = aliases.get(str(models.alias))
+            return [v for v in versions if str(v.version) == str(wanted)]
+        case "unaudited":
+            rules = policy_hash()
+            return [v for v in versions if not _is_audited(client, v, rules)]
+
+
+def _is_audited(client: MlflowClient, version: ModelVersion, rules: str) -> bool:
+    """Whether its verdict is about these very weights, by this release and its rules."""
+    tags = version.tags
+    if tags.get(VERDICT, "error") == "error" or tags.get("flataudit.policy") != rules:
+        return False
+    return tags.get("flataudit.model_id") == _identity(client, version)
+
+
+def _identity(client: MlflowClient, version: ModelVersion) -> str:
+    """`ModelSource.identity`, from the version's source alone where that says it."""
+    seen = version
+    while True:
+        source = str(seen.source)
+        if re.fullmatch(r"models:/m-\w+", source):
+            return source.removeprefix("models:/")
+        copied = re.fullmatch(r"models:/(.+)/(\d+)", source)
+        if copied is None:  # as MLflow 2 registers: the files have to be looked at
+            return resolve(f"models:/{version.name}/{version.version}").identity
+        seen = client.get_model_version(copied[1], copied[2])
+
+
+def _quoted(text: str) -> str:
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' not in text:
+        return f'"{text}"'
+    raise InputError(
+        f"expected a model's name with one kind of quotes, got {text!r}; MLflow's search cannot"
+        " write both: rename the model"
+    )
+
+
+def _client() -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient()

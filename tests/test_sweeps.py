@@ -1,0 +1,203 @@
+"""The registry's side of a sweep, on real stores: which versions, and what is audited already."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from flataudit import sweeps, tracking
+from flataudit.audit_key import KEY_TAG
+from flataudit.errors import InputError
+from flataudit.models.registry import resolve
+from flataudit.pipeline import Models, make_pipeline
+from flataudit.store import use_tracking
+from flataudit.sweeps import select_versions
+from tests.sweep_store import HEALTHY, make_fleet, make_registry, table
+
+
+@pytest.fixture
+def fleet():
+    fleet = make_fleet()
+    use_tracking(fleet.uri)
+    yield fleet
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def client(fleet):
+    return MlflowClient(fleet.uri)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """1,000 versions, and which of them are unaudited."""
+    uri, unaudited = make_registry(tmp_path, 1000, tracking.policy_hash())
+    use_tracking(uri)
+    yield unaudited
+    mlflow.set_tracking_uri(None)
+
+
+def uris(**models):
+    return [version.uri for version in select_versions(Models(**models))]
+
+
+def test_each_way_to_select(client):
+    client.set_registered_model_alias("fleet-a", "champion", "1")
+    assert uris(name="fleet-a", select="all") == HEALTHY[:2]
+    assert uris(name="fleet-a", select="latest") == ["models:/fleet-a/2"]
+    assert uris(name="fleet-a", select="version", version=1) == ["models:/fleet-a/1"]
+    assert uris(name="fleet-a", select="alias", alias="champion") == ["models:/fleet-a/1"]
+    # Of several models those without it are left out.
+    assert uris(name="fleet-*", select="alias", alias="champion") == ["models:/fleet-a/1"]
+    assert uris(name="fleet-[ab]", select="latest") == ["models:/fleet-a/2", "models:/fleet-b/1"]
+    assert uris(name="fleet-?", select="all") == HEALTHY
+    assert len(uris(name="*", select="all")) == 6
+
+
+def test_versions_are_in_the_order_of_their_numbers(many):
+    found = select_versions(Models(name="many", select="all"))
+    assert [int(version.version) for version in found] == list(range(1, 1001))
+    assert uris(name="many", select="latest") == ["models:/many/1000"]
+
+
+@pytest.mark.usefixtures("fleet")
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ({"name": "float-*", "select": "all"}, "a pattern of such, got 'float-*'"),
+        ({"name": "fleet", "select": "all"}, "got 'fleet'"),
+        ({"name": "it's", "select": "all"}, 'got "it\'s"'),
+        ({"name": "a'\"", "select": "all"}, "rename the model"),
+        ({"name": "fleet-a", "select": "version", "version": 3}, "expected version 3 of fleet-a"),
+        ({"name": "fleet-*", "select": "alias", "alias": "x"}, "expected alias x of fleet-*"),
+    ],
+)
+def test_nothing_to_select(models, told):
+    with pytest.raises(InputError) as caught:
+        uris(**models)
+    assert told in str(caught.value)
+
+
+def test_unaudited_of_a_thousand(many):
+    """Exactly those without a verdict of these rules and weights; no request per version."""
+    found = select_versions(Models(name="many", select="unaudited"))
+    assert [version.version for version in found] == many
+    assert len(many) == 400
+
+
+def test_a_copy_is_audited_where_its_original_is(client):
+    """`copy_model_version` copies the verdict, which is about the same weights."""
+    source = resolve("models:/fleet-a/1")
+    tags = {
+        "flataudit.policy": tracking.policy_hash(),
+        "flataudit.model_id": source.identity,
+        "flataudit.verdict": "pass",
+    }
+    for key, value in tags.items():
+        client.set_model_version_tag("fleet-a", "1", key, value)
+    client.copy_model_version("models:/fleet-a/1", "prod")
+    client.copy_model_version("models:/prod/1", "prod")
+    assert uris(name="prod", select="unaudited") == []
+    client.delete_model_version_tag("prod", "2", "flataudit.verdict")
+    assert uris(name="prod", select="unaudited") == ["models:/prod/2"]
+
+
+def test_a_model_of_mlflow_2_is_known_by_its_files(client):
+    run_id = client.get_model_version("fleet-a", "1").run_id
+    files = resolve("models:/fleet-a/1").local_path
+    client.log_artifacts(run_id, files, "old")
+    described = Path(client.download_artifacts(run_id, "old/MLmodel"))
+    lines = described.read_text().splitlines()
+    described.write_text("\n".join(x for x in lines if not x.startswith("model_id")) + "\n")
+    client.log_artifact(run_id, str(described), "old")
+    client.create_registered_model("classic")
+    client.create_model_version("classic", f"runs:/{run_id}/old", run_id=run_id)
+    assert uris(name="classic", select="unaudited") == ["models:/classic/1"]
+    for key, value in {
+        "flataudit.policy": tracking.policy_hash(),
+        "flataudit.model_id": resolve("models:/classic/1").identity,
+        "flataudit.verdict": "warn",
+    }.items():
+        client.set_model_version_tag("classic", "1", key, value)
+    assert uris(name="classic", select="unaudited") == []
+
+
+# --- what is audited already --------------------------------------------------------------------
+
+
+@pytest.fixture
+def audited(client):
+    """Logs a finished audit run with the key `abc`, and its verdict, without auditing."""
+
+    def audited(at="2026-01-02T00:00:00+00:00", status="FINISHED", written=None, verdict="pass"):
+        experiment = sweeps.ensure_experiment(tracking.EXPERIMENT)
+        tags = {
+            KEY_TAG: "abc",
+            "flataudit.model_uri": "models:/fleet-a/1",
+            "flataudit.audited_at": at,
+        }
+        run_id = client.create_run(experiment, tags=tags).info.run_id
+        client.set_terminated(run_id, status)
+        for key, value in (("audited_at", written or at), ("verdict", verdict)):
+            client.set_model_version_tag("fleet-a", "1", f"flataudit.{key}", value)
+        return run_id
+
+    return audited
+
+
+def found(key="abc", uri="models:/fleet-a/1"):
+    return sweeps.audited_run(key, resolve(uri))
+
+
+@pytest.mark.usefixtures("fleet")
+def test_nothing_is_audited_in_a_new_store():
+    assert found() is None
+
+
+def test_an_audit_is_found_by_its_key_and_version(audited):
+    run_id = audited()
+    assert found() == run_id
+    assert found(key="other") is None
+    assert found(uri="models:/fleet-a/2") is None  # the same weights, but no verdict of its own
+
+
+def test_a_later_audit_of_the_version_leaves_it_found(audited):
+    run_id = audited(written="2026-01-03T00:00:00+00:00")
+    assert found() == run_id
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"status": "FAILED"},
+        {"status": "RUNNING"},
+        {"written": "2026-01-01T00:00:00+00:00"},  # killed between the run's end and the verdict
+        {"verdict": "error"},
+    ],
+)
+def test_half_an_audit_is_none(audited, broken):
+    audited(**broken)
+    assert found() is None
+
+
+# --- the sweep's own run ------------------------------------------------------------------------
+
+
+def test_the_run_of_a_sweep(client, fleet):
+    run_id = sweeps.start_sweep(make_pipeline(fleet.pipeline(tags=["a", "b"])))
+    assert client.get_run(run_id).info.status == "RUNNING"
+    row = {"model": "m", "state": "audited", "gap": 0.1, "low": 0.0, "high": 0.2, "error": None,
+           "verdict": "pass"}  # fmt: skip
+    bad = row | {"model": "n", "state": "failed", "gap": None, "error": "expected | got"}
+    rows = [row, bad] + [row | {"model": f"m{i}"} for i in range(40)]
+    sweeps.finish_sweep(run_id, rows, {"audited": 41, "failed": 1}, sweeps.markdown(rows))
+    run = client.get_run(run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics == {"flataudit/audited": 41.0, "flataudit/failed": 1.0}
+    assert run.data.tags["flataudit.pipeline"] == "fleet"
+    assert run.data.tags["flataudit.pipeline_tags"] == "a, b"
+    note = run.data.tags["mlflow.note.content"].splitlines()
+    assert note[2] == "| n | failed | expected / got |  |"  # the failed first
+    assert note[-1] == "17 more in flataudit/sweep.json."
+    assert table(client, run_id) == rows
