@@ -115,11 +115,9 @@ def start_sweep(pipeline: Pipeline) -> str:
     """
     with store_errors(f"start the run of the sweep {pipeline.name}"):
         client = _client()
-        tags = {
-            PIPELINE_TAG: pipeline.name,
-            "flataudit.pipeline_tags": ", ".join(pipeline.tags),
-            "mlflow.source.name": "flataudit",
-        }
+        tags = {PIPELINE_TAG: pipeline.name, "mlflow.source.name": "flataudit"}
+        if pipeline.tags:
+            tags["flataudit.pipeline_tags"] = ", ".join(pipeline.tags)
         experiment = ensure_experiment(EXPERIMENT)
         run = client.create_run(experiment, tags=tags, run_name=f"sweep {pipeline.name}")
         run_id = str(run.info.run_id)
