@@ -6,8 +6,8 @@ The basis Q of span{Z, KZ, ..., K^j Z} gives T = Q'KQ, and with Z = Q C
                                       degree 2 j + 1)
     z'f(K) z  =  c'f(T) c - r'(I + K)^-1 r,    r = z - (I + K) Q (I + T)^-1 c
 
-so the quadrature is too large by at most |r|^2, which is known: K is positive semi-definite. That is
-a bound, where the change of the quadrature between two sizes is an indication.
+so the quadrature is too large by at most |r|^2, which is known: K is positive semi-definite. That
+is a bound, where the change of the quadrature between two sizes is an indication.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class BlockLanczos:
         """
         block = self._cleaned(block)
         q, r = torch.linalg.qr(block)
-        u, s, vh = torch.linalg.svd(r, full_matrices=False)
+        u, s, _ = torch.linalg.svd(r, full_matrices=False)
         keep = s > DEPENDENT * max(scale, float(s[0]) if self.size == 0 else 0.0)
         q = q @ u[:, keep]
         if q.shape[1]:
