@@ -110,18 +110,21 @@ class _Run:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
         eps = normal(problem.n_rows, m)
-        right = operator.project(eps)
-        if operator.tied:
-            if first:
-                pulled = operator.pull(eps)
-                self.trace_ggn = sum(float(t.square().sum()) for t in pulled.values()) / m
-                del pulled
-            noise = {name: normal(m, *problem.params[name].shape) for name in operator.tied}
-            right = right - operator.half(noise)
-            del noise
-        if first:  # the mean gradient's own system
-            flat = self.v.reshape(-1, 1)
-            right = torch.cat([right, operator.project(flat)], dim=1)
+        flat = self.v.reshape(-1, 1)
+        if saved is not None and "cg.right" in saved:
+            right = saved["cg.right"].to(device)
+        else:
+            right = operator.project(eps)
+            if operator.tied:
+                if first:
+                    pulled = operator.pull(eps)
+                    self.trace_ggn = sum(float(t.square().sum()) for t in pulled.values()) / m
+                    del pulled
+                noise = {name: normal(m, *problem.params[name].shape) for name in operator.tied}
+                right = right - operator.half(noise)
+                del noise
+            if first:  # the mean gradient's own system
+                right = torch.cat([right, operator.project(flat)], dim=1)
         solution = self._solve(right, eps, saved)
         if first:
             self.energy = float(flat.square().sum() - (right[:, -1] * solution[:, -1]).sum())
@@ -164,7 +167,7 @@ class _Run:
             q, s = torch.linalg.qr(q - z @ alpha)
             c = s @ c
             p = q + p @ s.T
-            state = {"cg.x": x, "cg.q": q, "cg.p": p, "cg.c": c}
+            state = {"cg.right": right, "cg.x": x, "cg.q": q, "cg.p": p, "cg.c": c}
             self.resume.offer(partial(_joined, self._state, state))
             self._tick(float(c.norm(dim=0).max()), self._allowed(eps - x[:, :m]), start, step + 1)
         # The recurrence's residual can drift from the true one: the latter counts.
