@@ -277,8 +277,8 @@ def _solver_warnings(seen: Observations) -> list[AuditWarning]:
         AuditWarning(
             "approximate_solver",
             "warn" if missed else "info",
-            f"solver {solver.name} is an approximation: the gap's numerical error is {error:.2g}"
-            " nats at 95 %, within its interval"
+            f"solver {solver.name} is an approximation: its numerical error, within the gap's"
+            + (f" interval, is {error:.2g} nats at 95 %" if error > 1e-9 else " interval, is nil")
             + "".join(f"; {note}" for note in missed)
             + (
                 ""

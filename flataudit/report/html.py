@@ -197,7 +197,7 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in rows:
         row["mark"] = _mark(limits, row["gap"], row["low"], row["high"])
         if row["gap"] is None:
-            row["note"] = _missing_estimate(row["code"])
+            row["note"] = _missing_estimate(row["code"], report["solver"])
         elif row["se"] is None:
             row["note"] = ", ".join([*filter(None, [row["note"]]), "no standard error available"])
     return rows
@@ -205,7 +205,8 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
     gap, se = (found["gap"], found["se"]) if found else (None, None)
-    half = None if gap is None or se is None else z * se
+    numerical = (found or {}).get("monte_carlo_se") or 0.0, (found or {}).get("truncation") or 0.0
+    half = None if gap is None or se is None else z * math.hypot(se, numerical[0]) + numerical[1]
     notes = []
     if found and found.get("rank") is not None:
         notes.append(f"soft rank {words.number(found['rank'], 1)}")
@@ -219,7 +220,9 @@ def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
             "high": None if half is None else gap + half, "note": ", ".join(notes)}  # fmt: skip
 
 
-def _missing_estimate(code: str) -> str:
+def _missing_estimate(code: str, solver: Mapping[str, Any]) -> str:
+    if code == "loo" and solver["name"] == "lanczos":
+        return "not available: solver lanczos gives none"
     if code == "loo":
         return "not available: a leave-one-out step is not finite"
     return "not computed for this model" if code else "not available"
