@@ -205,8 +205,10 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
     gap, se = (found["gap"], found["se"]) if found else (None, None)
-    numerical = (found or {}).get("monte_carlo_se") or 0.0, (found or {}).get("truncation") or 0.0
-    half = None if gap is None or se is None else z * math.hypot(se, numerical[0]) + numerical[1]
+    half = None if gap is None or se is None else z * se
+    if found and half is not None:  # an approximate solver's own errors, as in the gap's interval
+        half = z * math.hypot(se, found.get("monte_carlo_se") or 0.0)
+        half += found.get("truncation") or 0.0
     notes = []
     if found and found.get("rank") is not None:
         notes.append(f"soft rank {words.number(found['rank'], 1)}")
