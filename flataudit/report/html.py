@@ -206,7 +206,7 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
     gap, se = (found["gap"], found["se"]) if found else (None, None)
     half = None if gap is None or se is None else z * se
-    if found and half is not None:  # an approximate solver's own errors, as in the gap's interval
+    if found and se is not None:  # an approximate solver's own errors, as in the gap's interval
         half = z * math.hypot(se, found.get("monte_carlo_se") or 0.0)
         half += found.get("truncation") or 0.0
     notes = []
