@@ -40,6 +40,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--data", type=Path, default=DATA)
     arguments.add_argument("--seeds", type=int, default=10, help="per network and penalty")
+    arguments.add_argument("--sampling-seeds", type=int, default=1, help="per penalty")
     arguments.add_argument("--part", choices=sorted(PARTS), action="append")
     arguments.add_argument("--memory-case", nargs=3, type=int, help=argparse.SUPPRESS)
     given = arguments.parse_args()
@@ -165,7 +166,7 @@ def sampling(given: argparse.Namespace) -> list[dict[str, object]]:
     for value in PENALTIES:
         penalty = constant(problem, value)
         exact = SOLVERS["dual"].solve(problem, penalty)
-        for seed in range(2):
+        for seed in range(given.sampling_seeds):
             products: list[int] = []
             found = Sampling().solve(
                 problem, penalty, Work(seed=seed, tick=lambda a, b, to=products: to.append(a))
