@@ -31,7 +31,7 @@ from flataudit.solvers.base import FunctionalVariance, Penalty, Work
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.resume import Resume, State
 
-GROUPS = 8  # of samples, each left out once by the jackknife
+GROUPS = 16  # of samples, each left out once by the jackknife
 
 
 @dataclass(frozen=True, slots=True)
