@@ -58,10 +58,12 @@ class PerSample:
 
 
 def per_sample(
-    problem: Problem, nll: Tensor, tic: Tensor, left_out: LeaveOneOut | None
-) -> PerSample:
-    """The per-sample values of an audit, on the CPU."""
+    problem: Problem, nll: Tensor, tic: Tensor | None, left_out: LeaveOneOut | None
+) -> PerSample | None:
+    """The per-sample values of an audit, on the CPU; None where the solver knows none."""
     psi = tic if left_out is None else left_out.psi
+    if psi is None:
+        return None
     log_p = log_probabilities(problem.family, problem.outputs)
     labels = hit = hit_unseen = None
     if log_p is not None:
@@ -75,9 +77,9 @@ def per_sample(
     return PerSample(_numpy(nll), _numpy(psi), estimator, labels, hit, hit_unseen)
 
 
-def class_table(samples: PerSample, names: Sequence[str] | None = None) -> SliceTable | None:
+def class_table(samples: PerSample | None, names: Sequence[str] | None = None) -> SliceTable | None:
     """The table by class, under the classes' names or indices; None for regression."""
-    if samples.labels is None:
+    if samples is None or samples.labels is None:
         return None
     found = np.unique(samples.labels)
     texts = [str(k) if names is None else names[k] for k in found]
@@ -95,8 +97,12 @@ def group_by(slices: Mapping[str, Any] | None, n_samples: int) -> dict[str, Grou
     }
 
 
-def slice_tables(grouped: Mapping[str, Groups], samples: PerSample) -> tuple[SliceTable, ...]:
-    """One table for each column."""
+def slice_tables(
+    grouped: Mapping[str, Groups], samples: PerSample | None
+) -> tuple[SliceTable, ...]:
+    """One table for each column; none without per-sample values."""
+    if samples is None:
+        return ()
     return tuple(_table(name, *groups, samples) for name, groups in grouped.items())
 
 

@@ -6,6 +6,7 @@ which escapes everything: names, labels and messages come from others.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -194,7 +195,7 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in rows:
         row["mark"] = marks.mark(limits, row["gap"], row["low"], row["high"], line)
         if row["gap"] is None:
-            row["note"] = _missing_estimate(row["code"])
+            row["note"] = _missing_estimate(row["code"], report["solver"])
         elif row["se"] is None:
             row["note"] = ", ".join([*filter(None, [row["note"]]), "no standard error available"])
     return rows
@@ -203,6 +204,9 @@ def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
     gap, se = (found["gap"], found["se"]) if found else (None, None)
     half = None if gap is None or se is None else z * se
+    if found and se is not None:  # an approximate solver's own errors, as in the gap's interval
+        half = z * math.hypot(se, found.get("monte_carlo_se") or 0.0)
+        half += found.get("truncation") or 0.0
     notes = []
     if found and found.get("rank") is not None:
         notes.append(f"soft rank {words.number(found['rank'], 1)}")
@@ -216,7 +220,9 @@ def _estimate(found: Mapping[str, Any] | None, z: float) -> dict[str, Any]:
             "high": None if half is None else gap + half, "note": ", ".join(notes)}  # fmt: skip
 
 
-def _missing_estimate(code: str) -> str:
+def _missing_estimate(code: str, solver: Mapping[str, Any]) -> str:
+    if code == "loo" and solver["name"] == "lanczos":
+        return "not available: solver lanczos gives none"
     if code == "loo":
         return "not available: a leave-one-out step is not finite"
     return "not computed for this model" if code else "not available"

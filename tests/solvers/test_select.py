@@ -62,9 +62,66 @@ def test_named_solver_is_not_advised_to_use_one_that_does_not_fit():
     assert "use solver=primal" not in str(caught.value)
 
 
+FOUR = {"primal": 9 * GB, "dual": 12 * GB, "sampling": 5 * GB, "lanczos": 3 * GB}
+
+
+@pytest.mark.parametrize(
+    ("plans", "options", "chosen", "reason"),
+    [
+        ({}, {}, "sampling", "P = 30 parameters <= N = 40 rows; an exact solver needs 9 GB of 8"),
+        ({}, {"affordable": False}, "lanczos", "sampling would take more than about an hour"),
+        ({"sampling": 9 * GB}, {}, "lanczos", "an exact solver needs 9 GB of 8 GB"),
+        ({}, {"failed": ["sampling"]}, "lanczos", "sampling ran out of memory"),
+        ({"primal": GB, "dual": GB}, {"failed": ["primal"]}, "dual", "primal ran out of memory"),
+        (
+            {"primal": GB, "dual": GB},
+            {"failed": ["primal", "dual"]},
+            "sampling",
+            "no exact solver got through, primal ran out of memory, dual ran out of memory",
+        ),
+    ],
+)
+def test_beyond_the_exact_sizes(plans, options, chosen, reason):
+    choice = select("auto", 30, 40, FOUR | plans, 8 * GB, **options)
+    assert choice.name == chosen
+    assert reason in choice.reason
+    assert choice.exact == (chosen in SOLVERS)
+    assert choice.peak_bytes == (FOUR | plans)[chosen]
+
+
+def test_nothing_fits():
+    with pytest.raises(MemoryPlanError) as caught:
+        select("auto", 30, 40, FOUR, 2 * GB)
+    for part in ("primal 9 GB", "dual 12 GB", "sampling 5 GB", "lanczos 3 GB", "2 GB"):
+        assert part in str(caught.value)
+    with pytest.raises(MemoryPlanError, match=r"solver=sampling .* use solver=lanczos \(3 GB\)"):
+        select("sampling", 30, 40, FOUR, 4 * GB)
+
+
+def test_choose_goes_beyond_the_exact_sizes(monkeypatch):
+    """Memory for a few vectors, not for a matrix; sampling where its work is affordable."""
+    built = build(BY_NAME["mlp_tanh_wide"])
+    monkeypatch.setattr(solvers.SOLVERS["primal"].__class__, "plan", lambda *a: 10**15)
+    monkeypatch.setattr(solvers.SOLVERS["dual"].__class__, "plan", lambda *a: 10**15)
+    monkeypatch.setattr(solvers, "available_bytes", lambda device: 10 * GB)
+    assert choose("auto", built.problem, built.penalty).name == "sampling"
+    monkeypatch.setitem(solvers.AFFORDABLE, "cpu", 1.0)
+    assert choose("auto", built.problem, built.penalty).name == "lanczos"
+    with pytest.raises(MemoryPlanError, match="lanczos ran out of memory"):
+        choose("auto", built.problem, built.penalty, ["lanczos"])
+
+
+def test_product_flops_are_those_of_two_passes():
+    """Two products of (n, in) with (in, out) per layer and pass, forward, and twice backward."""
+    problem = build(BY_NAME["mlp_tanh_wide"]).problem
+    forward = 2 * 12 * (5 * 10 + 10 * 3)
+    assert solvers.product_flops(problem) == pytest.approx(6 * forward)
+
+
 def test_unknown_solver():
     with pytest.raises(
-        InputError, match="unknown solver 'kfca'; choose one of: auto, dual, primal"
+        InputError,
+        match="unknown solver 'kfca'; choose one of: auto, dual, primal, lanczos, sampling",
     ):
         select("kfca", 1, 1, {"primal": 1, "dual": 1}, 1)
 
