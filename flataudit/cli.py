@@ -62,9 +62,7 @@ def audit(
         str, typer.Option(help="training record: auto (the source run), FILE or KEY=VALUE,...")
     ] = "",
     curvature: Annotated[str, typer.Option(help="ggn")] = "",
-    solver: Annotated[
-        str, typer.Option(help="auto, primal or dual (exact), sampling or lanczos (matrix-free)")
-    ] = "",
+    solver: Annotated[str, typer.Option(help="auto, primal or dual")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
     sensitivity: Annotated[
         str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")
