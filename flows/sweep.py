@@ -9,11 +9,13 @@ estimate and logging takes it from there (state Cached).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -87,8 +89,7 @@ def sweep_flow(pipeline: str | Json) -> Any:
             for state in ("audited", "skipped", "failed")
         }
         note = f"**{asked.name}: {summary(counts)}**\n\n{sweeps.markdown(rows)}"
-        key = f"sweep-{asked.name}"
-        create_table_artifact(table=rows, key=key, description=f"{asked.name}: {summary(counts)}")
+        _leave_table(f"sweep-{asked.name}", rows, f"{asked.name}: {summary(counts)}")
         sweeps.finish_sweep(run_id, rows, counts, note)
     except BaseException:
         sweeps.abandon_sweep(run_id)
@@ -128,6 +129,21 @@ def _audited_or_skipped(uri: str, asked: Pipeline, parent_run_id: str) -> Json:
     again = stages.Stages(load=lambda *_: loaded, estimate=run.estimate, log=log)
     found = stages.run_audit(uri, asked.data.train, asked.data.heldout, options, stages=again)
     return _row(uri, "audited", **sweeps.recorded(found["run_id"]))
+
+
+def _leave_table(key: str, rows: list[Json], description: str) -> None:
+    """The rows as an artifact of the flow run; by a client that is closed, which Prefect's own
+    `create_table_artifact` leaves open in a synchronous flow."""
+    with get_client(sync_client=True) as client:
+        client.create_artifact(
+            ArtifactCreate(
+                key=key,
+                type="table",
+                data=json.dumps(rows, allow_nan=False),
+                description=description,
+                flow_run_id=flow_run.id,
+            )
+        )
 
 
 def _run_name(pipeline: Any) -> str:

@@ -107,9 +107,11 @@ def test_failures_are_named_and_stop_nobody(sweep, fleet, client, server):
         assert child.data.tags["flataudit.pipeline"] == "fleet"
         assert len(child.data.tags["flataudit.audit_key"]) == 64
     # Prefect: the table, and a failed task for each failure.
-    from prefect.artifacts import Artifact
+    from prefect.client.orchestration import SyncPrefectClient
 
-    artifact = Artifact.get("sweep-fleet")
+    with SyncPrefectClient(server) as api:
+        (artifact,) = (a for a in api.read_artifacts() if a.key == "sweep-fleet")
+    assert artifact.type == "table"
     assert json.loads(artifact.data) == result["rows"]
     assert "3 failed" in artifact.description
     flow_run, states = task_runs(server, "audit", 6)
