@@ -25,7 +25,7 @@ Json = dict[str, Any]
 KEY_TAG = "flataudit.audit_key"  # on the audit run
 
 # Options that change no number; the training record counts as it was read, not as it was named.
-_WITHOUT_EFFECT = {"tracking_uri", "deadline", "training"}
+_WITHOUT_EFFECT = {"tracking_uri", "deadline", "training", "checkpoint"}
 # Parts of the package that only choose what is measured, or show it.
 _NOT_MEASURING = ("cli", "report", "pipeline.py", "planning.py", "sweeps.py")
 

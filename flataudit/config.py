@@ -16,7 +16,8 @@ class AuditOptions(BaseModel):
 
     penalty: 'auto', a number or {parameter name: number}; training: 'auto' reads the model's
     source run, else a mapping, a file or KEY=VALUE,... text, or None for no record; deadline:
-    seconds, of the whole audit; memory_limit: bytes, or text with a unit (8GB, 8GiB).
+    seconds, of the whole audit; memory_limit: bytes, or text with a unit (8GB, 8GiB);
+    checkpoint: a folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +37,7 @@ class AuditOptions(BaseModel):
     # A day: longer than any exact audit that fits into memory takes, and a hang ends all the same.
     deadline: float = Field(default=86400.0, gt=0, le=1e6)  # seconds; above, timers overflow
     memory_limit: Annotated[ByteSize, Field(gt=0), AfterValidator(int)] | None = None
+    checkpoint: str | None = None  # folder; of the matrix-free solvers
     tracking_uri: str | None = None
 
 

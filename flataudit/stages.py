@@ -20,6 +20,7 @@ from flataudit.errors import AuditFailedError, FlatauditError, InputError
 Json = dict[str, Any]
 Progress = Callable[..., None]
 
+GRACE = 0.7  # seconds that a stopped audit has to write its checkpoint
 MEMORY_VARIABLE = "FLATAUDIT_MEMORY_LIMIT"
 # What an audit imports, and what takes long among that which its libraries import only when used.
 PRELOAD = (
@@ -125,6 +126,7 @@ def in_child(
         deadline=options.deadline,
         spent=spent,
         memory_limit=_memory_limit(options),
+        grace=GRACE if options.checkpoint else 0.0,
         progress=progress,
         preload=PRELOAD,
         name="the audit",
@@ -250,6 +252,12 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
         record, origin = training_record(source, len(train.y))
         training = None if record is None else record.to_record()
     classes = class_names(source, model) if train.y.dtype.kind == "U" else None
+    stage = [""]
+
+    def say(text: str) -> None:
+        stage.append(text)
+        progress(text)
+
     with limited_to(asked["memory_limit"]):
         found = audit(
             model,
@@ -265,7 +273,9 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
             seed=chosen.seed,
             recalibrate=chosen.recalibrate,
             sensitivity=chosen.sensitivity,
-            progress=progress,
+            progress=say,
+            steps=lambda done, expected: progress(stage[-1], done, expected),
+            checkpoint=chosen.checkpoint,
             classes=classes,
             slices=read_slices(chosen.slices, train),
         )

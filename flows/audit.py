@@ -55,6 +55,7 @@ def audit_flow(
     slices: str | None = None,
     deadline: float = 86400.0,
     memory_limit: int | str | None = None,
+    checkpoint: str | None = None,
     tracking_uri: str | None = None,
 ) -> Json:
     """One audit; options and errors as on the command line.
@@ -79,6 +80,7 @@ def audit_flow(
             "slices": slices,
             "deadline": deadline,
             "memory_limit": memory_limit,
+            "checkpoint": checkpoint,
             "tracking_uri": tracking_uri,
         },
         "flow parameters",

@@ -198,3 +198,24 @@ def calls(queue):
 
     queue.put(isolation.run("tests.isolated_jobs:echo", {"a": 1}))
     queue.put(multiprocessing.current_process().daemon)
+
+
+def saves(path, progress):
+    """Waits; writes what it has when it is interrupted."""
+    try:
+        progress("waiting")
+        time.sleep(60)
+    except KeyboardInterrupt:
+        Path(path).write_text("kept")
+
+
+def deaf(path, progress):
+    """Waits, whatever interrupts it."""
+    Path(path).write_text(str(os.getpid()))
+    progress("waiting")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            continue

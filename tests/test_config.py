@@ -33,6 +33,7 @@ def test_nothing_given_is_auto_everywhere():
         "slices": None,
         "deadline": 86400.0,
         "memory_limit": None,
+        "checkpoint": None,
         "tracking_uri": None,
     }
 

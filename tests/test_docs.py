@@ -321,7 +321,7 @@ def test_links_to_files_lead_somewhere():
 AUDIT = {
     "--train", "--heldout", "--target", "--family", "--penalty", "--dispersion", "--training",
     "--curvature", "--solver", "--device", "--config", "--json", "--no-log", "--deadline",
-    "--tracking-uri", "--sensitivity", "--slices", "--memory-limit",
+    "--tracking-uri", "--sensitivity", "--slices", "--memory-limit", "--checkpoint",
 }  # fmt: skip
 
 

@@ -209,6 +209,34 @@ def test_an_interrupt_ends_it(tmp_path):
     assert all_gone(pids_in(tmp_path / "pids"))
 
 
+def test_with_grace_it_can_save_what_it_has(tmp_path):
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "saved"
+    with pytest.raises(KeyboardInterrupt):
+        run("saves", str(path), progress=interrupt, grace=30.0)
+    assert path.read_text() == "kept"
+
+
+def test_at_the_deadline_too(tmp_path):
+    path = tmp_path / "saved"
+    run("echo", {})  # the server's imports are not what takes too long
+    with pytest.raises(DeadlineError):
+        run("saves", str(path), deadline=3.0, grace=30.0)
+    assert path.read_text() == "kept"
+
+
+def test_grace_ends(tmp_path):
+    def interrupt(text):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "pids"
+    with pytest.raises(KeyboardInterrupt):
+        run("deaf", str(path), progress=interrupt, grace=0.2)
+    assert all_gone([int(path.read_text())])
+
+
 def test_a_thread_that_waits_for_it_can_be_interrupted(tmp_path):
     """As Prefect stops a task that runs in a thread: by an exception from another thread."""
     import ctypes

@@ -449,3 +449,33 @@ def test_the_registered_model_s_table_and_the_report_s_history(models):
     page = Path(path).read_text(encoding="utf-8")
     assert "Audits of all versions of this registered model" in page
     assert "this audit" in page
+
+
+# --- progress and checkpoints -------------------------------------------------------------------
+
+
+def test_an_interrupted_audit_goes_on_from_its_checkpoint(models, tmp_path):
+    """Ctrl-C reaches the solver in the child process, which writes what it has."""
+    folder = tmp_path / "kept"
+    given = {"solver": "lanczos", "penalty": 1e-3, "sensitivity": False}
+    whole = options(models, **given).model_dump()
+    loaded = stages.load("models:/good/1", models.data, None, whole)
+    seen = []
+    expected = stages.estimate(loaded, whole, lambda *values: seen.append(values))["report"]
+    counted = [values for values in seen if len(values) == 3]
+    assert {text for text, _, _ in counted} == {"factorising the curvature"}
+
+    def interrupt(text, done=0, expected=0):
+        if expected:
+            raise KeyboardInterrupt
+
+    values = options(models, checkpoint=str(folder), **given).model_dump()
+    with pytest.raises(KeyboardInterrupt):
+        stages.estimate(loaded, values, interrupt)
+    (kept,) = folder.iterdir()
+    assert kept.suffix == ".pt"
+    again = []
+    found = stages.estimate(loaded, values, lambda *values: again.append(values))["report"]
+    for key in ("value", "low", "high"):
+        assert found["gap"][key] == pytest.approx(expected["gap"][key], rel=1e-9)
+    assert 0 < len(again) < len(seen)

@@ -62,6 +62,9 @@ def audit(
     deadline: Annotated[
         float | None, typer.Option(help="seconds after which the audit is stopped (default: a day)")
     ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="folder from which a stopped audit with sampling or lanczos goes on")
+    ] = "",
     memory_limit: Annotated[
         str,
         typer.Option(
@@ -92,6 +95,7 @@ def audit(
         "slices": slices,
         "deadline": deadline,
         "memory_limit": memory_limit,
+        "checkpoint": checkpoint,
         "tracking_uri": tracking_uri,
     }
     given = {key: value for key, value in given.items() if value not in (None, "")}

@@ -53,21 +53,45 @@ def _not_writable(path: Path, error: OSError, option: str) -> InputError:
 
 
 class StageDisplay:
-    """The running stage on a terminal's stderr; silent elsewhere."""
+    """The running stage on a terminal's stderr, with the time left where steps are counted.
+
+    Silent elsewhere.
+    """
 
     def __enter__(self) -> StageDisplay:
         from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(stderr=True)
-        self._status: Any = console.status("loading") if console.is_terminal else None
-        if self._status:
-            self._status.start()
+        self._bar: Any = None
+        if console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("loading", total=None)
         return self
 
-    def stage(self, text: str) -> None:
-        if self._status:
-            self._status.update(text)
+    def stage(self, text: str, done: int = 0, expected: int | None = None) -> None:
+        """Shows `text`; done of expected steps where the stage counts them."""
+        if self._bar is None:
+            return
+        if expected is None:  # a new stage: what an earlier one took says nothing about it
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(text, total=None)
+        else:
+            self._bar.update(self._task, description=text, completed=done, total=expected)
 
     def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
+        if self._bar is not None:
+            self._bar.stop()

@@ -38,6 +38,7 @@ def run(
     deadline: float | None = None,
     spent: float = 0.0,
     memory_limit: int | None = None,
+    grace: float = 0.0,
     progress: Progress | None = None,
     preload: Sequence[str] = (),
     name: str = "the call",
@@ -55,6 +56,8 @@ def run(
         deadline: Seconds, the start of the child included.
         spent: How many of them are gone already.
         memory_limit: Bytes that the child and its descendants may hold in RAM.
+        grace: Seconds between a KeyboardInterrupt in the child and its end by force, where it is
+            stopped: for a function that saves what it has.
         progress: Called in this process, in the calling thread.
         preload: Modules that the server imports before the first call.
         name: What the errors call it.
@@ -77,6 +80,7 @@ def run(
         "environment": dict(os.environ) | places,
         "scratch": scratch,
         "memory_limit": memory_limit,
+        "grace": grace,
         "debug": bool(os.environ.get("FLATAUDIT_DEBUG")),
         "preload": list(preload),
     }

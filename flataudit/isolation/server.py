@@ -92,6 +92,8 @@ def _keep(connection: socket.socket) -> None:
         watch.until_it_ends()
     except OSError:  # nobody reads any more
         watch.heard = False
+    if request["grace"] and not watch.heard:
+        _interrupt(worker, request["grace"])
     _end_all(worker)
     if watch.heard:
         with suppress(OSError):
@@ -176,6 +178,15 @@ def _hung_up(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def _interrupt(worker: int, grace: float) -> None:
+    """KeyboardInterrupt in the worker, and as many seconds for what it does on it."""
+    end = time.monotonic() + grace
+    with suppress(OSError):
+        os.kill(worker, signal.SIGINT)
+    while time.monotonic() < end and not os.waitpid(worker, os.WNOHANG)[0]:
+        time.sleep(0.01)
 
 
 def _end_all(worker: int) -> None:

@@ -27,6 +27,7 @@ def work_below(request: Json, keeper: int, messages: int, output: int) -> NoRetu
     """The worker of a keeper, in a process group of its own; it dies with the keeper."""
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the server inherited
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == keeper:
             with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
