@@ -92,4 +92,5 @@ def test_of_what_was_loaded(models, tmp_path):
     np.savez(tmp_path / "copy.npz", x=models.x[::-1], y=models.y[::-1])
     assert key_of(loaded(str(tmp_path / "copy.npz")), options) != first
     assert key_of(loaded(models.data, models.heldout), options) != first
-    assert key_of(loaded(models.data, training="optimizer=converged"), options) != first
+    given = {"tracking_uri": models.uri, "training": "optimizer=converged"}
+    assert key_of(loaded(models.data, **given), make_options(given)) != first
