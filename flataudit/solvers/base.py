@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,6 +28,11 @@ class FunctionalVariance:
     q: Q_i (n, K', K'); complement: I - Q_i, computed without cancellation where the solver can;
     mean_gradient: gbar'(G + D)^-1 gbar, gbar = (1/n) sum J_i' r_i; trace_ggn: tr(G);
     ratios: eigenvalues of D^-1/2 G D^-1/2 over the penalised parameters, descending, or None.
+
+    Where Q_i is sampled, `complement` is scaled so that Q_i complement_i^-1 is unbiased for
+    Q_i (I - Q_i)^-1; replicates: the same object without one group of samples each, for the
+    jackknife; truncation: relative error that the linear solves leave; notes: what went otherwise
+    than planned.
     """
 
     q: Tensor
@@ -35,6 +40,100 @@ class FunctionalVariance:
     mean_gradient: float
     trace_ggn: float
     ratios: Tensor | None = None
+    replicates: tuple[FunctionalVariance, ...] = ()
+    truncation: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """A sum over samples known up to a stated error.
+
+    value: the sum; monte_carlo_se: its standard error over probes; truncation: a bound on what the
+    iteration leaves out; rough: unbiased but noisy contributions (n,), of noise variance `noise`
+    on average, from which a spread over samples can be had.
+    """
+
+    value: float
+    monte_carlo_se: float
+    truncation: float
+    rough: Tensor
+    noise: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CurvatureTraces:
+    """What a solver without per-sample values knows: the two traces and the spectral density.
+
+    soft_rank: tr(G (G + D)^-1) = sum_i tr(Q_i); tic: n tr(C (G + D)^-1)/n = sum_i v_i'Q_i v_i;
+    nodes, weights: sum_j w_j f(c x_j) is the soft rank at the penalty D/c, less free_rank, the
+    unpenalised directions' part; mean_gradient, trace_ggn, notes: as in `FunctionalVariance`.
+    """
+
+    soft_rank: Trace
+    tic: Trace
+    mean_gradient: float
+    trace_ggn: float
+    nodes: Tensor
+    weights: Tensor
+    free_rank: int
+    notes: tuple[str, ...] = ()
+    ratios: Tensor | None = None
+
+    def rank_at(self, scale: float) -> float:
+        """The soft rank with K times `scale`: at the penalty D/scale."""
+        x = self.nodes * scale
+        return self.free_rank + float((self.weights * (x / (1.0 + x))).sum())
+
+
+Curvature = FunctionalVariance | CurvatureTraces
+
+
+class Checkpoint(Protocol):
+    """Keeps a solver's state where the caller wants it; the key names problem and settings."""
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The state saved under this key, or None."""
+        ...
+
+    def save(self, key: str, state: Callable[[], dict[str, Tensor]], *, last: bool = False) -> None:
+        """Offers the state; whether it is time to write it is the keeper's decision.
+
+        last: the solver ends here, finished or interrupted.
+        """
+        ...
+
+
+def _silent(done: int, expected: int) -> None:
+    """No one watches."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """How a solver runs, apart from what it computes.
+
+    seed: of the probes and samples; tick: called with the matrix products done and expected;
+    checkpoint: where a killed run goes on from.
+    """
+
+    seed: int = 0
+    tick: Callable[[int, int], None] = _silent
+    checkpoint: Checkpoint | None = field(default=None)
+
+
+class MatrixFree(Protocol):
+    """A strategy that never forms a matrix: an approximation with a stated error."""
+
+    name: str
+    exact: bool
+
+    def plan(self, problem: Problem, penalty: Penalty) -> int:
+        """Peak bytes of the solver's own arrays, before any is allocated."""
+        ...
+
+    def solve(self, problem: Problem, penalty: Penalty, work: Work) -> Curvature:
+        """The curvature; NumericalError where the iteration breaks down."""
+        ...
 
 
 class Solver(Protocol):
