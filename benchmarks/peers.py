@@ -4,8 +4,8 @@
     python benchmarks/peers.py [--data FOLDER] [--cases NAME ...] [--methods NAME ...] [--again]
 
 Each measurement runs in a process of its own, with the same weights, penalty, float64 and threads,
-and is ended at 300 s or 16 GB: 'not finished in 300 s' is a result. Rows are written one by one to
-benchmarks/peers.json; what is there already is not measured again without --again. Fashion-MNIST's
+and is ended at 300 CPU-seconds or 16 GB: 'not finished' is a result. Rows are written one by
+one to benchmarks/peers.json; what is there already is not measured again without --again. Fashion-MNIST's
 idx files are read from FOLDER (Debian: `apt-get install dataset-fashion-mnist`). docs/performance.md
 reads the result: `python benchmarks/performance_page.py` renders its tables and figures.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=PUBLISHED)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -1,7 +1,7 @@
 """One measurement in a process of its own: wall and CPU seconds, peak memory, the values.
 
 The parent (`measure`) starts a child per measurement, so that a peak belongs to one method alone,
-and ends it at a limit of time or memory. The child (`main`) loads the case, runs the method once on
+and ends it at a limit of CPU time or memory. CPU time, as other work on the machine changes it least. The child (`main`) loads the case, runs the method once on
 a small case, so that imports and first calls are not counted, and then runs it with clocks.
 """
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300.0
 BYTES = 16 * 10**9
 REPEATS = 3
-ENOUGH = 10.0  # seconds of one run beyond which it is not repeated
+ENOUGH = 10.0  # CPU-seconds of a run beyond which it is not repeated
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
 ) -> dict[str, Any]:
     """Runs `python -m module arguments` and returns the row it prints.
 
-    The limit of time counts from the child's line START. status: done, timeout, memory, failed,
+    The limit of CPU time counts from the child's line START. status: done, timeout, memory, failed,
     unsupported or not_applicable; reason: one line where it is not done.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
@@ -46,15 +46,15 @@ def measure(
             [sys.executable, "-m", module, *arguments],
             stdout=out, stderr=errors, env=environment, cwd=ROOT,
         )  # fmt: skip
-        started: float | None = None
+        started: float | None = None  # CPU seconds at the line START
         row: dict[str, Any] = {}
         while child.poll() is None:
             time.sleep(0.1)
             if started is None:
                 out.seek(0)
-                started = time.perf_counter() if "START" in out.read() else None
-            elif time.perf_counter() - started > seconds:
-                row = {"status": "timeout", "reason": f"not finished in {seconds:.0f} s"}
+                started = _cpu_seconds(child.pid) if "START" in out.read() else None
+            elif _cpu_seconds(child.pid) - started > seconds:
+                row = {"status": "timeout", "reason": f"not finished in {seconds:.0f} CPU-seconds"}
                 child.kill()
             if not row and _status(child.pid, "VmRSS") > memory:
                 row = {"status": "memory", "reason": f"needs more than {memory / 1e9:.0f} GB"}
@@ -88,6 +88,15 @@ def _status(pid: int | str, field: str) -> int:
     return 0
 
 
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far; 0 once it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def clocked(run: Callable[[], Any], again: Callable[[], None]) -> tuple[Any, dict[str, Any]]:
     """The result of `run`, and wall and CPU seconds (medians) and bytes at the peak.
 
@@ -105,7 +114,7 @@ def clocked(run: Callable[[], Any], again: Callable[[], None]) -> tuple[Any, dic
         cpus.append(time.process_time() - cpu)
         if i == 0:
             result, peak = found, _status("self", "VmHWM")
-        if walls[0] > ENOUGH:
+        if cpus[0] > ENOUGH:
             break
         again()
     return result, {
