@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flataudit import estimates as estimators
 from flataudit.calibration import is_saturated
+from flataudit.checkpoint import as_checkpoint
 from flataudit.curvature.problem import Problem, make_problem, predict
 from flataudit.display import build_display
 from flataudit.errors import InputError, NumericalError
@@ -64,7 +66,7 @@ from flataudit.selection import (
 )
 from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
-from flataudit.solvers import check_name
+from flataudit.solvers import Checkpoint, Work, check_name
 from flataudit.tensors import as_pair, digest, resolve_device
 from flataudit.training import parse_training
 
@@ -90,6 +92,8 @@ def audit(
     sensitivity: str | bool = "auto",
     chunk_size: int | None = None,
     classes: Sequence[str] | None = None,
+    steps: Callable[[int, int], None] | None = None,
+    checkpoint: Checkpoint | str | Path | None = None,
 ) -> AuditReport:
     """Predicts a fitted model's generalization gap and says whether to rely on it.
 
@@ -111,10 +115,12 @@ def audit(
         training: The training record (mapping, file or KEY=VALUE text; `flataudit.training`),
             from which D = weight decay plus training time follows where `penalty` is 'auto'.
         curvature: 'ggn', the generalized Gauss-Newton matrix.
-        solver: auto, primal or dual.
+        solver: auto, primal or dual (exact), sampling or lanczos (matrix-free, approximate: they
+            state their error, and lanczos has no leave-one-out). `auto` takes an exact one where
+            its matrix fits into memory.
         device: auto, cpu or cuda; the numbers are float64 on each.
-        seed: For the randomised parts of calibration and the test of the held-out inputs; the
-            estimates have none.
+        seed: For the randomised parts of calibration and the test of the held-out inputs, and the
+            probes and samples of the matrix-free solvers; exact estimates have none.
         progress: Called with a short text as each stage starts.
         recalibrate: Also compute the soft rank of the recalibrated model where not needed.
         sensitivity: Also give the estimates at D/3 and 3D: 'auto' (where min(P, N) is at most
@@ -123,12 +129,16 @@ def audit(
         classes: The names of the outputs in order, for labels given as text; without it they are
             the sorted training labels, and the report says so.
 
+        steps: Called from within a matrix-free solver with the matrix products done and expected.
+        checkpoint: A folder, or an object with load and save (`flataudit.solvers.base`), from
+            which a killed audit with a matrix-free solver goes on.
+
     Returns:
         A frozen `AuditReport`; `report.to_dict()` is the contract's JSON.
 
     Raises:
         InputError: bad data or an unsupported model, in one line: expected, got, what to do.
-        MemoryPlanError: no exact solver fits; states the size before any work.
+        MemoryPlanError: no solver fits; states the size before any work.
         NumericalError: a factorisation broke down.
 
     >>> _ = torch.manual_seed(0)
@@ -166,16 +176,19 @@ def audit(
         dispersion=dispersion,
         solver=solver,
         own=subject.penalty,
+        work=_work(seed, steps, checkpoint),
     )
     problem, variance, likelihood = fit.problem, fit.variance, fit.problem.family
     nll = likelihood.nll(problem.outputs, problem.y)
 
-    # (3) Three estimators, all from the functional variance A_i.
+    # (3) Three estimators, all from the functional variance A_i, with the solver's own errors.
     say("estimating the gap")
     v = problem.factor.residual
-    leverage = estimators.soft_rank(variance)
-    energy = estimators.tic(variance, v)
-    left_out = estimators.loo(variance, v, likelihood, problem.outputs, problem.y)
+    rank = estimators.measure_soft_rank(variance)
+    energy = estimators.measure_tic(variance, v)
+    without = estimators.measure_loo(variance, v, likelihood, problem.outputs, problem.y)
+    left_out = None if without is None else without[0]
+    soft_rank = rank.gap * problem.n_samples
 
     # (4) Calibration on held-out data, else on the leave-one-out outputs; the premise test.
     say("judging calibration")
@@ -193,13 +206,13 @@ def audit(
         target = judged.loo_accuracy if judged.loo_accuracy is not None else calibration.accuracy
         recalibrated = _recalibrated(fit, nll, target)
     estimates = Estimates(
-        soft_rank=_estimate(nll, leverage, rank=float(leverage.sum())),
-        tic=_estimate(nll, energy, centred=estimators.centred_tic(variance, v)),
+        soft_rank=_estimate(nll, rank, rank=soft_rank),
+        tic=_estimate(nll, energy, centred=energy.gap - variance.mean_gradient / problem.n_samples),
         loo=None
-        if left_out is None
+        if without is None
         else _estimate(
             nll,
-            left_out.psi,
+            without[1],
             accuracy=judged.loo_accuracy,
             mean_confidence=judged.loo_confidence,
         ),
@@ -220,7 +233,7 @@ def audit(
         has_recalibrated=recalibrated is not None,
     )
     chosen: Estimate = getattr(estimates, estimator)
-    margin = Z_LEVEL * chosen.se
+    margin = chosen.margin(Z_LEVEL)
     gap = Gap(
         value=chosen.gap,
         low=chosen.gap - margin,
@@ -228,7 +241,7 @@ def audit(
         level=LEVEL,
         estimator=estimator,
         reason=reason,
-        lower_bound=problem.n_samples < policy.samples_per_rank * float(leverage.sum()),
+        lower_bound=problem.n_samples < policy.samples_per_rank * soft_rank,
     )
     train_nll = float(nll.mean())
     observed = _observed(unseen, likelihood, train_nll, calibration.accuracy)
@@ -243,9 +256,10 @@ def audit(
             heldout=observed,
             saturated=saturated,
             gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
-            max_leverage=float(torch.linalg.eigvalsh(variance.q).max()),
+            max_leverage=estimators.largest_leverage(variance),
             training_time=fit.penalty_info.has_training_time,
             shift=None if unseen is None else unseen.shift,
+            solver=fit.solver,
         ),
         policy,
     )
@@ -278,11 +292,11 @@ def audit(
         solver=fit.solver,
         samples=Samples(
             nll=to_numpy(nll),
-            leverage=to_numpy(leverage),
-            tic=to_numpy(energy),
-            loo=np.full(len(nll), np.nan) if left_out is None else to_numpy(left_out.psi),
+            leverage=_per_sample(rank.psi, len(nll)),
+            tic=_per_sample(energy.psi, len(nll)),
+            loo=_per_sample(None if left_out is None else left_out.psi, len(nll)),
         ),
-        display=build_display(fit, judged, nll, leverage, energy, left_out),
+        display=build_display(fit, judged, nll, rank.psi, energy.psi, left_out),
         shift=None if unseen is None else unseen.shift,
         sensitivity=penalties,
     )
@@ -336,14 +350,29 @@ def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Est
     scale = recalibration_scale(family, problem.outputs, accuracy)
     if scale is None:
         return None
-    leverage = estimators.soft_rank(fit.variance_at(fit.penalty, scale))
-    return _estimate(nll, leverage, rank=float(leverage.sum()), scale=scale)
+    found = estimators.measure_soft_rank(fit.variance_at(fit.penalty, scale))
+    return _estimate(nll, found, rank=found.gap * problem.n_samples, scale=scale)
 
 
-def _estimate(nll: Tensor, psi: Tensor, **extra: float | None) -> Estimate:
-    """Gap mean(psi) with standard error sd(l + psi)/sqrt(n): that of the predicted test NLL."""
-    _, se = _mean_and_se(nll + psi)
-    return Estimate(gap=float(psi.mean()), se=se, **extra)
+def _estimate(nll: Tensor, found: estimators.Measured, **extra: float | None) -> Estimate:
+    """The gap with its errors; NumericalError where float64 cannot hold them."""
+    estimate = found.estimate(nll, **extra)
+    _finite(estimate.gap, estimate.se)
+    return estimate
+
+
+def _per_sample(psi: Tensor | None, n: int) -> NDArray[np.float64]:
+    """Contributions (n,), NaN where they do not exist."""
+    return np.full(n, np.nan) if psi is None else to_numpy(psi)
+
+
+def _work(
+    seed: int,
+    steps: Callable[[int, int], None] | None,
+    checkpoint: Checkpoint | str | Path | None,
+) -> Work:
+    kept = as_checkpoint(checkpoint)
+    return Work(seed=seed, checkpoint=kept) if steps is None else Work(seed, steps, kept)
 
 
 def _observed(
@@ -359,12 +388,16 @@ def _observed(
 def _mean_and_se(losses: Tensor) -> tuple[float, float]:
     """Mean and standard error of losses in nats; NumericalError where float64 cannot hold them."""
     mean, se = estimators.mean_and_se(losses)
-    if not (math.isfinite(mean) and math.isfinite(se)):
+    _finite(mean, se)
+    return mean, se
+
+
+def _finite(*values: float) -> None:
+    if not all(math.isfinite(value) for value in values):
         raise NumericalError(
             "expected losses within float64's range, got an overflow; likely causes: outputs far"
             " from the targets, as rates of 0 for counts above 0, or weights near overflow"
         )
-    return mean, se
 
 
 def _dispersion(value: float | str) -> float:

@@ -24,12 +24,13 @@ def build_display(
     fit: PenalisedFit,
     judged: Judged,
     nll: Tensor,
-    leverage: Tensor,
-    tic: Tensor,
+    leverage: Tensor | None,
+    tic: Tensor | None,
     left_out: LeaveOneOut | None,
 ) -> dict[str, Any]:
     """Reliability bins, the spectrum (eigenvalues of the ggn over the penalty) and the samples
-    that matter most, by leave-one-out loss where there is one, else by TIC."""
+    that matter most, by leave-one-out loss where there is one, else by TIC; none where the solver
+    knows no sample by itself."""
     return {
         "reliability": _reliability(fit, judged),
         "spectrum": _spectrum(fit, leverage),
@@ -49,12 +50,16 @@ def _reliability(fit: PenalisedFit, judged: Judged) -> dict[str, Any]:
     return shown | {"evidence": judged.calibration.evidence}
 
 
-def _spectrum(fit: PenalisedFit, leverage: Tensor) -> dict[str, Any]:
+def _spectrum(fit: PenalisedFit, leverage: Tensor | None) -> dict[str, Any]:
     ratios = fit.variance.ratios
     reason = None
     if ratios is None:
         size = min(fit.problem.n_params, fit.problem.n_rows)
         reason = f"{size} eigenvalues: more than the {EIGENVALUE_LIMIT} that are computed"
+        if not fit.solver.exact:
+            reason = f"solver {fit.solver.name} computes no eigenvalues"
+    if leverage is None:
+        return {"ratios": None, "reason": reason, "leverage": []}
     ordered = np.sort(to_numpy(leverage))[::-1]
     picked = np.unique(np.linspace(0, len(ordered) - 1, QUANTILES).round().astype(int))
     return {
@@ -67,11 +72,13 @@ def _spectrum(fit: PenalisedFit, leverage: Tensor) -> dict[str, Any]:
 def _influence(
     fit: PenalisedFit,
     nll: Tensor,
-    leverage: Tensor,
-    tic: Tensor,
+    leverage: Tensor | None,
+    tic: Tensor | None,
     left_out: LeaveOneOut | None,
 ) -> list[dict[str, Any]]:
     problem = fit.problem
+    if leverage is None or tic is None:
+        return []
     ranking = tic if left_out is None else left_out.psi
     top = torch.argsort(ranking, descending=True)[:INFLUENTIAL]
     log_p = log_probabilities(problem.family, problem.outputs)

@@ -1,5 +1,8 @@
 """The three estimators, each a short function of the functional variance.
 
+`soft_rank`, `tic` and `loo` give values per sample; `measure_*` give the gaps with their numerical
+errors, also from a solver that knows the traces alone.
+
 psi_i below is sample i's contribution in nats; the gap is mean_i psi_i. All take Q_i = S_i'A_iS_i
 and v_i with r_i = S_i v_i (`flataudit.solvers.base`, `flataudit.families`).
 """
@@ -7,13 +10,15 @@ and v_i with r_i = S_i v_i (`flataudit.solvers.base`, `flataudit.families`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flataudit.families import Family
-from flataudit.solvers.base import FunctionalVariance
+from flataudit.results import Estimate
+from flataudit.solvers.base import Curvature, CurvatureTraces, FunctionalVariance, Trace
 
 
 def soft_rank(variance: FunctionalVariance) -> Tensor:
@@ -54,18 +59,143 @@ def loo(
 
     One Gauss-Newton step of retraining without sample i, n D held fixed: exact for quadratic
     losses (Rad and Maleki 2020). In whitened form b = (I - Q_i)^-1 v_i - v_i is S_i' times the
-    shift, with I - Q_i from the solver, free of cancellation.
+    shift, with I - Q_i from the solver, free of cancellation. Sampled Q_i take its other form,
+    Q_i (I - Q_i)^-1 v_i, of whose two factors the samples are independent.
     """
     solved, info = torch.linalg.solve_ex(variance.complement, residual[:, :, None])
     if bool((info != 0).any()):
         return None
-    b = solved[:, :, 0] - residual
+    b = (variance.q @ solved)[:, :, 0] if variance.sampled else solved[:, :, 0] - residual
     outputs = f + family.shift(f, y, b)
     psi = family.nll(outputs, y) - family.nll(f, y)
     # The square sum too: steps so long that they have no standard error are no estimate.
     if not bool(torch.isfinite(psi.square().sum()) and torch.isfinite(outputs).all()):
         return None
     return LeaveOneOut(outputs, psi)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """A gap (nats per example) with the solver's own errors; zero where it is exact.
+
+    psi: contributions (n,), or None where only their mean is known; monte_carlo_se: the standard
+    error from probes or samples; truncation: a bound on what the iteration leaves out; rough,
+    noise: unbiased but noisy contributions and the mean variance of that noise.
+    """
+
+    gap: float
+    psi: Tensor | None
+    monte_carlo_se: float | None = None
+    truncation: float | None = None
+    rough: Tensor | None = None
+    noise: float = 0.0
+
+    def estimate(self, nll: Tensor, **extra: float | None) -> Estimate:
+        """With the standard error of the predicted test NLL, sd(l + psi)/sqrt(n), ddof 1.
+
+        Where psi_i is noisy the noise's variance is taken off that of l + psi again, down to that
+        of l alone at most: the samples with a large loss have a large psi.
+        """
+        psi = self.psi if self.psi is not None else self.rough
+        assert psi is not None
+        n = len(nll)
+        variance = float((nll + psi).var(correction=1))
+        if self.noise > 0:
+            variance = max(variance - self.noise, float(nll.var(correction=1)))
+        return Estimate(
+            gap=self.gap,
+            se=math.sqrt(variance) / math.sqrt(n),
+            monte_carlo_se=self.monte_carlo_se,
+            truncation=self.truncation,
+            **extra,
+        )
+
+
+def measure_soft_rank(variance: Curvature) -> Measured:
+    """Soft rank / n."""
+    if isinstance(variance, CurvatureTraces):
+        return _from_trace(variance.soft_rank)
+    return _jackknifed(soft_rank, variance)
+
+
+def measure_tic(variance: Curvature, residual: Tensor) -> Measured:
+    """The TIC gap."""
+    if isinstance(variance, CurvatureTraces):
+        return _from_trace(variance.tic)
+    return _jackknifed(lambda each: tic(each, residual), variance)
+
+
+def measure_loo(
+    variance: Curvature, residual: Tensor, family: Family, f: Tensor, y: Tensor
+) -> tuple[LeaveOneOut, Measured] | None:
+    """The leave-one-out outputs and gap; None where they do not exist or are not known."""
+    if isinstance(variance, CurvatureTraces):
+        return None
+    whole = loo(variance, residual, family, f, y)
+    if whole is None:
+        return None
+
+    def psi(each: FunctionalVariance) -> Tensor:
+        found = whole if each is variance else loo(each, residual, family, f, y)
+        return whole.psi * math.nan if found is None else found.psi
+
+    measured = _jackknifed(psi, variance)
+    if measured.psi is None or not math.isfinite(measured.gap + (measured.monte_carlo_se or 0.0)):
+        return None
+    return LeaveOneOut(whole.outputs, measured.psi), measured
+
+
+def largest_leverage(variance: Curvature) -> float | None:
+    """The largest eigenvalue of any Q_i, at most 1; None where they are not known.
+
+    Of sampled Q_i that relative to Q_i + (I - Q_i) as sampled, which cannot exceed 1 either.
+    """
+    if isinstance(variance, CurvatureTraces):
+        return None
+    q = variance.q
+    if variance.sampled:
+        lower, info = torch.linalg.cholesky_ex(q + variance.complement)
+        if bool((info != 0).any()):
+            return 1.0
+        half = torch.linalg.solve_triangular(lower, q, upper=False)
+        q = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    return float(torch.linalg.eigvalsh(q).max())
+
+
+def _from_trace(trace: Trace) -> Measured:
+    n = len(trace.rough)
+    return Measured(
+        trace.value / n,
+        None,
+        trace.monte_carlo_se / n,
+        trace.truncation / n,
+        trace.rough,
+        trace.noise,
+    )
+
+
+def _jackknifed(
+    statistic: Callable[[FunctionalVariance], Tensor], variance: FunctionalVariance
+) -> Measured:
+    """The statistic's mean; of sampled values with the delete-a-group jackknife's error.
+
+    The jackknife also takes off the bias of order 1/s that a nonlinear statistic has (Quenouille).
+    """
+    psi = statistic(variance)
+    groups = len(variance.replicates)
+    if not groups:
+        return Measured(float(psi.mean()), psi)
+    total, means = torch.zeros_like(psi), []
+    for replicate in variance.replicates:
+        part = statistic(replicate)
+        total += part
+        means.append(float(part.mean()))
+    centre = sum(means) / groups
+    error = math.sqrt((groups - 1) / groups * sum((mean - centre) ** 2 for mean in means))
+    psi = groups * psi - (groups - 1) / groups * total
+    # sd(l + psi) keeps the noise of sampled psi: it makes the interval wider, not narrower.
+    gap = float(psi.mean())
+    return Measured(gap, psi, error, variance.truncation * abs(gap))
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from flataudit.estimates import LeaveOneOut, mean_and_se
 from flataudit.families import Family, log_probabilities
 from flataudit.fitting import PenalisedFit
 from flataudit.results import Calibration, Evidence, Interval, Premise, Shift
+from flataudit.solvers import FunctionalVariance
 
 RATE_LIMIT = 1e30  # Poisson rates are judged within 1/RATE_LIMIT .. RATE_LIMIT: squares stay finite
 SCALE_LIMIT = 1e3  # logits are recalibrated by a factor within 1/SCALE_LIMIT .. SCALE_LIMIT
@@ -99,8 +100,10 @@ def premise_test(fit: PenalisedFit, left_out: LeaveOneOut | None) -> Premise | N
     """Information-matrix equality: E[r'Ar] = E[h] under the soft rank's premise.
 
     ratio = sum r_i'A_i r_i / sum h_i with leave-one-out residuals mu(f^(-i)) - y, z on the paired
-    differences; on training residuals where there is no LOO (biased low).
+    differences; on training residuals where there is no LOO (biased low). None without Q_i.
     """
+    if not isinstance(fit.variance, FunctionalVariance):
+        return None
     problem, family, q = fit.problem, fit.problem.family, fit.variance.q
     evidence: Evidence = "train" if left_out is None else "loo"
     outputs = problem.outputs if left_out is None else left_out.outputs

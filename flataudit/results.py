@@ -45,7 +45,9 @@ class Estimate:
 
     `rank` is the soft rank where the estimator has one; `scale` the factor on the logits of the
     recalibrated model; `accuracy` and `mean_confidence` come from leave-one-out logits;
-    `centred` is TIC with the mean gradient's outer product removed.
+    `centred` is TIC with the mean gradient's outer product removed. From an approximate solver,
+    `monte_carlo_se` is the standard error of its probes or samples and `truncation` a bound on what
+    its iteration leaves out, both of the gap; None from an exact one.
     """
 
     gap: float
@@ -55,6 +57,12 @@ class Estimate:
     accuracy: float | None = None
     mean_confidence: float | None = None
     centred: float | None = None
+    monte_carlo_se: float | None = None
+    truncation: float | None = None
+
+    def margin(self, z: float) -> float:
+        """Half the interval's width: z standard errors of data and probes, plus the truncation."""
+        return z * math.hypot(self.se, self.monte_carlo_se or 0.0) + (self.truncation or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +247,15 @@ class SolverInfo:
     dtype: str
     seconds: float
     peak_bytes: int  # planned peak of the solver's own arrays, stated before the work
+    notes: tuple[str, ...] = ()  # what went otherwise than planned, tolerances missed
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Per-sample contributions, each (n,) float64; their mean is the gap by that estimator."""
+    """Per-sample contributions, each (n,) float64; their mean is the gap by that estimator.
+
+    NaN throughout where they do not exist, as those but nll with solver=lanczos.
+    """
 
     nll: NDArray[np.float64]
     leverage: NDArray[np.float64]

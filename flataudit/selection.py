@@ -22,7 +22,10 @@ from flataudit.results import (
     Premise,
     Severity,
     Shift,
+    SolverInfo,
 )
+
+Z_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +116,10 @@ class Observations:
     heldout: HeldoutFit | None
     saturated: bool
     gradient_noise: float  # |grad + D theta| / sqrt(trC / n)
-    max_leverage: float  # largest eigenvalue of any Q_i
+    max_leverage: float | None  # largest eigenvalue of any Q_i, where they are known
     training_time: bool  # D holds a finite training time
     shift: Shift | None = None  # held-out against training inputs
+    solver: SolverInfo | None = None
 
 
 def collect_warnings(
@@ -129,6 +133,7 @@ def collect_warnings(
         *_estimate_warnings(seen, policy),
         *_heldout_warnings(seen),
         *_shift_warnings(seen, policy),
+        *_solver_warnings(seen),
     ]
     order: tuple[Severity, ...] = ("critical", "high", "warn", "info", "none")
     return tuple(sorted(found, key=lambda w: order.index(w.severity)))
@@ -261,6 +266,31 @@ def _shift_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWa
     ]
 
 
+def _solver_warnings(seen: Observations) -> list[AuditWarning]:
+    solver = seen.solver
+    if solver is None or solver.exact:
+        return []
+    chosen = getattr(seen.estimates, seen.gap.estimator)
+    error = Z_95 * (chosen.monte_carlo_se or 0.0) + (chosen.truncation or 0.0)
+    missed = [note for note in solver.notes if "asked for" in note or "tolerance" in note]
+    return [
+        AuditWarning(
+            "approximate_solver",
+            "warn" if missed else "info",
+            f"solver {solver.name} is an approximation: the gap's numerical error is {error:.2g}"
+            " nats at 95 %, within its interval"
+            + "".join(f"; {note}" for note in missed)
+            + (
+                ""
+                if seen.estimates.loo
+                else "; it gives no leave-one-out and no values per sample"
+                if solver.name == "lanczos"
+                else ""
+            ),
+        )
+    ]
+
+
 def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[AuditWarning]:
     found = []
     premise = seen.premise
@@ -288,6 +318,8 @@ def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audi
                 " read the reason for the one chosen before acting on it",
             )
         )
+    if seen.max_leverage is None:
+        return found
     if seen.max_leverage > policy.leverage or seen.estimates.loo is None:
         found.append(
             AuditWarning(

@@ -57,17 +57,17 @@ def _point(fit: PenalisedFit, factor: float, scale: float | None) -> PenaltyPoin
     try:
         variance = fit.variance_at(penalty)
         v = problem.factor.residual
-        left_out = estimators.loo(variance, v, family, problem.outputs, problem.y)
+        left_out = estimators.measure_loo(variance, v, family, problem.outputs, problem.y)
         recalibrated = None
         if scale is not None:
             again = fit.variance_at(penalty, scale)
-            recalibrated = float(estimators.soft_rank(again).mean())
+            recalibrated = estimators.measure_soft_rank(again).gap
     except NumericalError:  # a neighbouring penalty is no reason for the audit to fail
         return PenaltyPoint(factor, None, None, None, None)
     return PenaltyPoint(
         factor,
-        float(estimators.soft_rank(variance).mean()),
-        float(estimators.tic(variance, v).mean()),
-        None if left_out is None else float(left_out.psi.mean()),
+        estimators.measure_soft_rank(variance).gap,
+        estimators.measure_tic(variance, v).gap,
+        None if left_out is None else left_out[1].gap,
         recalibrated,
     )

@@ -1,23 +1,65 @@
-"""Solvers: one file per strategy, a plain dict, and the choice between them.
+"""Solvers: one file per strategy, plain dicts, and the choice between them.
 
->>> sorted(SOLVERS)
-['dual', 'primal']
+SOLVERS are exact; MATRIX_FREE, for sizes where no matrix fits, are approximations that state their
+error.
+
+>>> sorted(SOLVERS), sorted(MATRIX_FREE)
+(['dual', 'primal'], ['lanczos', 'sampling'])
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from flataudit.curvature.problem import Problem
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flataudit.curvature.problem import Problem, evaluate
 from flataudit.errors import InputError, MemoryPlanError
 from flataudit.memory import available_bytes, human
-from flataudit.solvers.base import FunctionalVariance, Penalty, Solver
+from flataudit.solvers.base import (
+    Checkpoint,
+    Curvature,
+    CurvatureTraces,
+    FunctionalVariance,
+    MatrixFree,
+    Penalty,
+    Solver,
+    Work,
+)
 from flataudit.solvers.dual import Dual
+from flataudit.solvers.lanczos import Lanczos
 from flataudit.solvers.primal import Primal
+from flataudit.solvers.sampling import Sampling
 
-__all__ = ["SOLVERS", "Choice", "FunctionalVariance", "Solver", "choose", "select"]
+__all__ = [
+    "MATRIX_FREE",
+    "NAMES",
+    "SOLVERS",
+    "Checkpoint",
+    "Choice",
+    "Curvature",
+    "CurvatureTraces",
+    "FunctionalVariance",
+    "Solver",
+    "Work",
+    "choose",
+    "select",
+    "solve",
+]
 
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (Primal(), Dual())}
+MATRIX_FREE: dict[str, MatrixFree] = {solver.name: solver for solver in (Sampling(), Lanczos())}
+NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
+
+# Floating-point operations up to which `auto` takes samples, which give leave-one-out and values
+# per sample, rather than the two traces alone: about an hour at 3e10/s on a processor's core and
+# at 3e13/s on a graphics card.
+AFFORDABLE = {"cpu": 1e14, "cuda": 1e17}
+# Products with the operator that sampling takes: samples times iterations, as measured
+# (benchmarks/matrix_free.json).
+SAMPLING_PRODUCTS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +70,34 @@ class Choice:
     reason: str
     peak_bytes: int
 
+    @property
+    def exact(self) -> bool:
+        """Whether the solver is."""
+        return self.name in SOLVERS
+
 
 def check_name(name: str) -> str:
     """The name of a solver, or `auto`; InputError lists the choices."""
-    if name != "auto" and name not in SOLVERS:
-        raise InputError(
-            f"unknown solver {name!r}; choose one of: auto, {', '.join(sorted(SOLVERS))}"
-        )
+    if name != "auto" and name not in NAMES:
+        raise InputError(f"unknown solver {name!r}; choose one of: auto, {', '.join(NAMES)}")
     return name
 
 
-def select(name: str, n_params: int, n_rows: int, plans: dict[str, int], available: int) -> Choice:
-    """The exact solver with the smaller matrix that fits into memory. Pure.
+def select(
+    name: str,
+    n_params: int,
+    n_rows: int,
+    plans: dict[str, int],
+    available: int,
+    *,
+    affordable: bool = True,
+    failed: Collection[str] = (),
+) -> Choice:
+    """The exact solver with the smaller matrix that fits into memory, else a matrix-free one. Pure.
 
-    name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver;
-    available: bytes.
+    name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver, of those
+    that come into question; available: bytes; affordable: whether sampling's work is; failed:
+    solvers that ran out of memory although the plan fitted, which `auto` passes over.
 
     Raises:
         InputError: unknown solver.
@@ -57,31 +112,90 @@ def select(name: str, n_params: int, n_rows: int, plans: dict[str, int], availab
     compared = f"P = {n_params} parameters {sign} N = {n_rows} rows"
     if name != "auto":
         if plans[name] > available:
-            other = "dual" if name == "primal" else "primal"
-            instead = (
-                f"solver={other} ({human(plans[other])}), " if plans[other] <= available else ""
-            )
+            other = {"primal": "dual", "dual": "primal"}.get(name, "lanczos")
+            fits = other != name and plans.get(other, available + 1) <= available
+            instead = f"solver={other} ({human(plans[other])}), " if fits else ""
             raise MemoryPlanError(
                 f"expected solver={name} to fit into {human(available)}, got a plan of"
                 f" {human(plans[name])}; use {instead}fewer samples"
                 " or more memory"
             )
         return Choice(name, f"asked for; {compared}", plans[name])
-    if plans[first] <= available:
-        return Choice(first, compared, plans[first])
-    if plans[second] <= available:
+    lost = "".join(f", {each} ran out of memory" for each in failed)
+    if plans[first] <= available and first not in failed:
+        return Choice(first, compared + lost, plans[first])
+    if plans[second] <= available and second not in failed:
         reason = f"{compared}, but {first} needs {human(plans[first])} of {human(available)}"
-        return Choice(second, reason, plans[second])
+        return Choice(second, reason + lost, plans[second])
+    needs = (
+        f"an exact solver needs {human(min(plans[first], plans[second]))} of {human(available)}"
+        if min(plans[first], plans[second]) > available
+        else "no exact solver got through"
+    ) + lost
+    for each in ("sampling", "lanczos"):
+        if plans.get(each, available + 1) > available or each in failed:
+            continue
+        if each == "sampling" and not affordable:
+            needs += ", and sampling would take more than about an hour"
+            continue
+        return Choice(each, f"{compared}; {needs}", plans[each])
+    others = "".join(
+        f", {each} {human(plans[each])}" for each in ("sampling", "lanczos") if each in plans
+    )
     raise MemoryPlanError(
-        f"expected an exact solver to fit into {human(available)}, got primal"
+        f"expected a solver to fit into {human(available)}, got primal"
         f" {human(plans['primal'])} for P = {n_params} and dual {human(plans['dual'])} for"
-        f" N = {n_rows}; audit a random subset of the training data, or use more memory"
+        f" N = {n_rows}{others}{lost}; audit a random subset of the training data, or use more"
+        " memory"
     )
 
 
-def choose(name: str, problem: Problem, penalty: Penalty) -> Choice:
+def choose(name: str, problem: Problem, penalty: Penalty, failed: Collection[str] = ()) -> Choice:
     """`select` for this problem on its device."""
     check_name(name)
-    plans = {key: solver.plan(problem, penalty) for key, solver in SOLVERS.items()}
     available = available_bytes(problem.device)
-    return select(name, problem.n_params, problem.n_rows, plans, available)
+    plans = {key: solver.plan(problem, penalty) for key, solver in SOLVERS.items()}
+    affordable = True
+    exact_fits = any(plans[key] <= available and key not in failed for key in SOLVERS)
+    if name in MATRIX_FREE or not exact_fits:
+        plans |= {key: solver.plan(problem, penalty) for key, solver in MATRIX_FREE.items()}
+    if name == "auto" and not exact_fits:
+        work = SAMPLING_PRODUCTS * product_flops(problem)
+        affordable = work <= AFFORDABLE.get(problem.device.type, AFFORDABLE["cpu"])
+    return select(
+        name,
+        problem.n_params,
+        problem.n_rows,
+        plans,
+        available,
+        affordable=affordable,
+        failed=failed,
+    )
+
+
+def product_flops(problem: Problem) -> float:
+    """Floating-point operations of one product with the operator: two forward and backward passes.
+
+    Counted on one small batch's forward pass, of which either takes about three.
+    """
+    few = problem.x[: min(2, problem.n_samples)]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        evaluate(problem.model, few)
+    return 6.0 * counter.get_total_flops() / len(few) * problem.n_samples
+
+
+def solve(
+    name: str, problem: Problem, penalty: Penalty, work: Work, *, spectrum: bool = False
+) -> Curvature:
+    """The curvature by the solver of that name; `spectrum` is the exact solvers' alone."""
+    if name in SOLVERS:
+        return SOLVERS[name].solve(problem, penalty, spectrum=spectrum)
+    return MATRIX_FREE[name].solve(problem, penalty, work)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a plain RuntimeError where the processor's memory is out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | MemoryPlanError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -40,6 +40,7 @@ class FunctionalVariance:
     mean_gradient: float
     trace_ggn: float
     ratios: Tensor | None = None
+    sampled: bool = False
     replicates: tuple[FunctionalVariance, ...] = ()
     truncation: float = 0.0
     notes: tuple[str, ...] = ()
@@ -124,8 +125,11 @@ class Work:
 class MatrixFree(Protocol):
     """A strategy that never forms a matrix: an approximation with a stated error."""
 
-    name: str
-    exact: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool: ...
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
         """Peak bytes of the solver's own arrays, before any is allocated."""
@@ -139,8 +143,11 @@ class MatrixFree(Protocol):
 class Solver(Protocol):
     """One strategy: `plan` states the peak memory, `solve` does the work."""
 
-    name: str
-    exact: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool: ...
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
         """Peak bytes of the solver's own arrays, before any is allocated."""

@@ -6,8 +6,8 @@ The basis Q of span{Z, KZ, ..., K^j Z} gives T = Q'KQ, and with Z = Q C
                                       degree 2 j + 1)
     z'f(K) z  =  c'f(T) c - r'(I + K)^-1 r,    r = z - (I + K) Q (I + T)^-1 c
 
-so the quadrature is too large by at most |r|^2, which is known: K is positive semi-definite. That is
-a bound, where the change of the quadrature between two sizes is an indication.
+so the quadrature is too large by at most |r|^2, which is known: K is positive semi-definite. That
+is a bound, where the change of the quadrature between two sizes is an indication.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ class BlockLanczos:
         self._apply = apply
         self._against = against
         n = len(start)
-        self._store = start.new_empty(n, min(n, capacity, 4 * start.shape[1]))
-        self._capacity = min(n, capacity)
+        self._capacity = min(n, max(capacity, start.shape[1]))
+        self._store = start.new_empty(n, min(self._capacity, 4 * start.shape[1]))
         self.size = 0  # J, the columns of the basis that K has been applied to
         self.pending = 0  # columns of the next block, behind them
         self.steps = 0
+        self.full = False  # another block does not fit; `coupling` tells what is left out
         self._norm = 0.0
         self.projected = start.new_zeros(0, 0)  # T (J, J)
         block, self.start = self._orthonormal(start, 1.0)
@@ -71,12 +72,7 @@ class BlockLanczos:
     @property
     def exhausted(self) -> bool:
         """Whether the space is invariant: nothing is left out."""
-        return self.pending == 0
-
-    @property
-    def full(self) -> bool:
-        """Whether another block does not fit."""
-        return self.size + self.pending >= self._capacity
+        return self.pending == 0 and not self.full
 
     def extend(self) -> None:
         """Applies K to the last block and appends the next one."""
@@ -97,9 +93,8 @@ class BlockLanczos:
         self.projected = projected
         image = image - self.basis @ across
         following, self.coupling = self._orthonormal(image, self._norm)
-        room = self._store.shape[0] - self.size
-        self._append(following[:, :room])
-        self.coupling = self.coupling[:room]
+        self.full = self.size + following.shape[1] > self._capacity
+        self._append(following[:, :0] if self.full else following)
 
     def solved(self) -> Tensor:
         """(I + T)^-1 C (J, m): the Galerkin solution of (I + K) x = z in the basis."""
@@ -134,7 +129,7 @@ class BlockLanczos:
         used = self.size + self.pending
         return {
             "basis": self._store[:, :used],
-            "size": torch.tensor([self.size, self.pending, self.steps]),
+            "size": torch.tensor([self.size, self.pending, self.steps, int(self.full)]),
             "norm": torch.tensor(self._norm, dtype=torch.float64),
             "projected": self.projected,
             "coupling": self.coupling,
@@ -145,7 +140,8 @@ class BlockLanczos:
         """Goes on from a saved state of the same operator and start."""
         device = self._store.device
         self._store = state["basis"].to(device)
-        self.size, self.pending, self.steps = state["size"].tolist()
+        self.size, self.pending, self.steps, full = state["size"].tolist()
+        self.full = bool(full)
         self._norm = float(state["norm"])
         self.projected = state["projected"].to(device)
         self.coupling = state["coupling"].to(device)
@@ -158,7 +154,7 @@ class BlockLanczos:
         """
         block = self._cleaned(block)
         q, r = torch.linalg.qr(block)
-        u, s, vh = torch.linalg.svd(r, full_matrices=False)
+        u, s, _ = torch.linalg.svd(r, full_matrices=False)
         keep = s > DEPENDENT * max(scale, float(s[0]) if self.size == 0 else 0.0)
         q = q @ u[:, keep]
         if q.shape[1]:
@@ -177,7 +173,7 @@ class BlockLanczos:
         used = self.size + self.pending
         if used > self._store.shape[1]:
             # A multiple of two at most, so that planning the capacity covers the copy.
-            wider = min(max(used, 2 * self._store.shape[1]), self._store.shape[0])
+            wider = min(max(used, 2 * self._store.shape[1]), self._capacity)
             store = self._store.new_empty(self._store.shape[0], wider)
             store[:, : self.size] = self.basis
             self._store = store

@@ -7,10 +7,10 @@ With f(x) = x/(1 + x), K from `flataudit.solvers.operator` and R = blockdiag(v_i
 
 A first block of both kinds of start finds the largest eigenvalues x_l and their vectors V
 (`flataudit.solvers.krylov`), which carry most of either trace and are summed exactly:
-tr f(K) = sum f(x_l) + E z'P f(K) P z with P = I - V V' (deflation as in Hutch++, Meyer et al. 2021).
-Fresh probes, in the complement of V where few steps suffice, follow until the stated error is below
-the tolerance. Those of the first block are not used again: V leans towards them, and their remainder
-is too small (by 3 standard errors in two of 21 trials).
+tr f(K) = sum f(x_l) + E z'P f(K) P z with P = I - V V' (deflation as in Hutch++, Meyer et al.
+2021). Fresh probes, in the complement of V where few steps suffice, follow until the stated error
+is below the tolerance. Those of the first block are not used again: V leans towards them, and their
+remainder is too small (by 3 standard errors in two of 21 trials).
 
 Two errors are kept apart: the probes' standard error, from Var = 2 sum_i Var(z_i (F z)_i) which
 needs no more than a few probes, and the quadrature's truncation, for which there is a bound.
@@ -185,9 +185,7 @@ class _Run:
 
     def _starts(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Signs z (N, a), R'w (N, b) and w (n, b) of this round, the same on every machine."""
-        generator = torch.Generator().manual_seed(
-            (self.work.seed * 1_000_003 + self.round) % 2**63
-        )
+        generator = torch.Generator().manual_seed((self.work.seed * 1_000_003 + self.round) % 2**63)
         n, k = self.problem.n_samples, self.problem.n_columns
         device = self.problem.device
         z = (2.0 * torch.randint(0, 2, (n * k, a), generator=generator) - 1.0).double().to(device)

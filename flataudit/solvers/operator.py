@@ -6,9 +6,9 @@ functional variance of all samples together is
 
     B (G + D)^+ B' = Q0 Q0' + Pi f(Pi K Pi) Pi,    f(x) = x/(1 + x)
 
-(the generalised inverse of Pi (I + K) Pi is that of universal kriging's explicit basis), so a solver
-needs Pi K Pi v alone. No Jacobian is formed: several vectors v go through the network at once, chunk
-by chunk of samples, and memory is a few copies of the parameters per vector plus one chunk.
+(the generalised inverse of Pi (I + K) Pi is that of universal kriging's explicit basis), so a
+solver needs Pi K Pi v alone. No Jacobian is formed: several vectors v go through the network at
+once, chunk by chunk of samples; memory is a few copies of the parameters per vector plus one chunk.
 """
 
 from __future__ import annotations
@@ -140,11 +140,13 @@ class CurvatureOperator:
         failure = self._failure()
         if failure is None:
             return
-        for push, how in (
-            (self._push_twice, "one vector at a time"),
-            (self._push_rows, "with the Jacobian's rows"),
-        ):
-            self._pull, self._push = self._pull_plain, push
+        self._pull = self._pull_plain
+        routes = {
+            "one vector at a time": self._push_twice,
+            "with the Jacobian's rows": self._push_rows,
+        }
+        for how, route in routes.items():
+            self._push = route
             second = self._failure()
             if second is None:
                 self.reason = f"{how}, since the batched derivatives fail: {failure}"
@@ -197,7 +199,7 @@ class CurvatureOperator:
     def _pull_batched(self, x: Inputs, cotangents: Tensor) -> Tensors:
         with _tracing():
             leaves = {name: self._fixed[name] for name in self.tied}
-            _, pull = torch.func.vjp(self._outputs(x), leaves)
+            pull = torch.func.vjp(self._outputs(x), leaves)[1]
             pulled: tuple[Tensors] = torch.func.vmap(pull)(cotangents)
         return pulled[0]
 
@@ -237,9 +239,10 @@ class CurvatureOperator:
             )
             rows = []
             for j in range(len(next(iter(tangents.values())))):
-                dot = sum(
+                dots = [
                     (g * tangents[name][j]).sum() for name, g in zip(leaves, pulled, strict=True)
-                )
+                ]
+                dot = torch.stack(dots).sum()
                 rows.append(
                     torch.autograd.grad(
                         dot, w, retain_graph=True, materialize_grads=True, allow_unused=True
@@ -270,7 +273,8 @@ class CurvatureOperator:
         return torch.einsum("ckj,cjm->mck", root, rows).contiguous()
 
     def _chunks(self, m: int) -> Iterator[slice]:
-        size = self.problem.chunk_size or max(1, WORKING_BYTES // (8 * (m + 1) * self._per_sample))
+        budget = max(WORKING_BYTES, 4 * 8 * m * self.n_tied)  # as the parameters' own vectors take
+        size = self.problem.chunk_size or max(1, budget // (8 * (m + 1) * self._per_sample))
         size, n = max(size, self.problem.repeat), self.problem.n_samples
         start = 0
         while start < n:
@@ -287,7 +291,7 @@ def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> i
     n_free = sum(p.numel() for name, p in problem.params.items() if not bool(penalty[name].any()))
     n_tied = problem.n_params - n_free
     vectors = 8 * problem.n_rows * (2 * m + 3 * n_free)
-    return 3 * 8 * m * n_tied + vectors + 3 * WORKING_BYTES
+    return 3 * 8 * m * n_tied + vectors + 3 * max(WORKING_BYTES, 4 * 8 * m * n_tied)
 
 
 def activations_per_sample(problem: Problem) -> int:
@@ -330,4 +334,6 @@ def _tracing() -> Iterator[None]:
     """With the attention kernel that has derivatives in every mode; without torch's notices."""
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
+        # torch's own, as it sets up forward mode for the first time.
+        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
         yield

@@ -5,15 +5,15 @@ With eps (N,) and eps_0 (P,) standard normal, Pi and K from `flataudit.solvers.o
     e = (Pi (I + K) Pi)^+ (eps - B1 D1^-1/2 eps_0)      covariance I - Q
     g = eps - e                                          covariance Q = B (G + D)^+ B'
 
-and g, which is S'J zeta for a posterior sample zeta ~ N(0, (G + D)^-1/n), is independent of e. Hence,
-over s samples, mean g_i g_i' is unbiased for Q_i, and, as the inverse of a Wishart matrix has the
-mean s/(s - K' - 1) (I - Q_i)^-1, so is
+and g, which is S'J zeta for a posterior sample zeta ~ N(0, (G + D)^-1/n), is independent of e.
+Hence, over s samples, mean g_i g_i' is unbiased for Q_i, and, as the inverse of a Wishart matrix
+has the mean s/(s - K' - 1) (I - Q_i)^-1, so is
 
     (s - K' - 1)/s  mean(g_i g_i') mean(e_i e_i')^-1   for   Q_i (I - Q_i)^-1        s > K' + 1
 
-which leave-one-out needs. The systems are solved by block conjugate gradients in output space, where
-D is the preconditioner: the spectrum is 1 + K's, and the columns of a block share one Krylov space,
-so that large eigenvalues cost no iterations of their own (Dubrulle 2001, BCGrQ).
+which leave-one-out needs. The systems are solved by block conjugate gradients in output space,
+where D is the preconditioner: the spectrum is 1 + K's, and the columns of a block share one Krylov
+space, so that large eigenvalues cost no iterations of their own (Dubrulle 2001, BCGrQ).
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ GROUPS = 8  # of samples, each left out once by the jackknife
 class Sampling:
     """Soft rank, TIC and leave-one-out from posterior samples.
 
-    tolerance: relative standard error of soft rank and TIC at which sampling ends; block: samples
-    solved together; most: samples at most; residual: |r| of each system relative to |g|.
+    tolerance: relative standard error of soft rank, TIC and leave-one-out (to first order in its
+    steps) at which sampling ends; block: samples solved together; most: samples at most; residual:
+    |r| of each system relative to |g|.
     """
 
     name: str = "sampling"
     exact: bool = False
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     block: int = 64
     most: int = 1024
     residual: float = 1e-3
@@ -109,18 +110,21 @@ class _Run:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
         eps = normal(problem.n_rows, m)
-        right = operator.project(eps)
-        if operator.tied:
-            if first:
-                pulled = operator.pull(eps)
-                self.trace_ggn = sum(float(t.square().sum()) for t in pulled.values()) / m
-                del pulled
-            noise = {name: normal(m, *problem.params[name].shape) for name in operator.tied}
-            right = right - operator.half(noise)
-            del noise
-        if first:  # the mean gradient's own system
-            flat = self.v.reshape(-1, 1)
-            right = torch.cat([right, operator.project(flat)], dim=1)
+        flat = self.v.reshape(-1, 1)
+        if saved is not None and "cg.right" in saved:
+            right = saved["cg.right"].to(device)
+        else:
+            right = operator.project(eps)
+            if operator.tied:
+                if first:
+                    pulled = operator.pull(eps)
+                    self.trace_ggn = sum(float(t.square().sum()) for t in pulled.values()) / m
+                    del pulled
+                noise = {name: normal(m, *problem.params[name].shape) for name in operator.tied}
+                right = right - operator.half(noise)
+                del noise
+            if first:  # the mean gradient's own system
+                right = torch.cat([right, operator.project(flat)], dim=1)
         solution = self._solve(right, eps, saved)
         if first:
             self.energy = float(flat.square().sum() - (right[:, -1] * solution[:, -1]).sum())
@@ -163,7 +167,7 @@ class _Run:
             q, s = torch.linalg.qr(q - z @ alpha)
             c = s @ c
             p = q + p @ s.T
-            state = {"cg.x": x, "cg.q": q, "cg.p": p, "cg.c": c}
+            state = {"cg.right": right, "cg.x": x, "cg.q": q, "cg.p": p, "cg.c": c}
             self.resume.offer(partial(_joined, self._state, state))
             self._tick(float(c.norm(dim=0).max()), self._allowed(eps - x[:, :m]), start, step + 1)
         # The recurrence's residual can drift from the true one: the latter counts.
@@ -190,18 +194,33 @@ class _Run:
         least = max(settings.block, 8 * (self.v.shape[1] + 2))
         if have < least:
             return least - have
-        wanted = 0.0
-        for sums in (self.ranks, self.tics):
-            mean, sd = float(sums.mean()), float(sums.std(correction=1))
-            if mean > 0:
-                wanted = max(wanted, (sd / mean / settings.tolerance) ** 2)
-        return math.ceil(min(wanted, settings.most)) - have
+        worst = max(self._errors().values())
+        return math.ceil(min(have * (worst / settings.tolerance) ** 2, settings.most)) - have
+
+    def _errors(self) -> dict[str, float]:
+        """Relative standard errors of what is estimated."""
+        found = {}
+        for name, sums in (("soft rank", self.ranks), ("TIC", self.tics)):
+            mean = float(sums.mean())
+            sd = float(sums.std(correction=1)) if mean > 0 else 0.0
+            found[name] = sd / len(sums) ** 0.5 / mean if mean > 0 else 0.0
+        parts = torch.tensor([self._step(*self._moments(group)) for group in range(GROUPS)])
+        mean = float(parts.mean())
+        spread = math.sqrt((GROUPS - 1) * float(parts.var(correction=0)))
+        found["LOO"] = spread / abs(mean) if math.isfinite(spread) and mean != 0 else 0.0
+        return found
+
+    def _step(self, q: Tensor, complement: Tensor) -> float:
+        """sum_i r_i'(f_i^(-i) - f_i) = sum_i v_i'Q_i (I - Q_i)^-1 v_i, infinite where undefined."""
+        solved, info = torch.linalg.solve_ex(complement, self.v[:, :, None])
+        if bool((info != 0).any()):
+            return math.inf
+        return float((self.v * (q @ solved)[:, :, 0]).sum())
 
     def _variance(self) -> FunctionalVariance:
         whole = self._moments(None)
         notes = []
-        for name, sums in (("soft rank", self.ranks), ("TIC", self.tics)):
-            share = float(sums.std(correction=1)) / len(sums) ** 0.5 / max(float(sums.mean()), 1e-300)
+        for name, share in self._errors().items():
             if share > 1.001 * self.settings.tolerance:
                 notes.append(
                     f"the {name} has a standard error of {share:.1%}, where"
@@ -213,8 +232,11 @@ class _Run:
             *whole,
             mean_gradient=self.energy / self.problem.n_samples,
             trace_ggn=self.trace_ggn + self.operator.trace_free,
+            sampled=True,
             replicates=tuple(
-                FunctionalVariance(*self._moments(group), mean_gradient=0.0, trace_ggn=0.0)
+                FunctionalVariance(
+                    *self._moments(group), mean_gradient=0.0, trace_ggn=0.0, sampled=True
+                )
                 for group in range(GROUPS)
             ),
             truncation=2.0 * self.left,
