@@ -4,10 +4,10 @@
     python benchmarks/peers.py [--data FOLDER] [--cases NAME ...] [--methods NAME ...] [--again]
 
 Each measurement runs in a process of its own, with the same weights, penalty, float64 and threads,
-and is ended at 300 CPU-seconds or 16 GB: 'not finished' is a result. Rows are written one by
-one to benchmarks/peers.json; what is there already is not measured again without --again. Fashion-MNIST's
-idx files are read from FOLDER (Debian: `apt-get install dataset-fashion-mnist`). docs/performance.md
-reads the result: `python benchmarks/performance_page.py` renders its tables and figures.
+and is ended at 300 CPU-seconds or 16 GB: 'not finished' is a result. Rows are written one by one to
+benchmarks/peers.json; what is there already is not measured again without --again. Fashion-MNIST's
+idx files are read from FOLDER (Debian: `apt-get install dataset-fashion-mnist`).
+docs/performance.md reads the result; `python benchmarks/performance_page.py` renders its tables.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def main() -> None:
                 kept = [r for r in result["rows"] if (r["case"], r["method"]) != (case, method)]
                 order = {name: i for i, name in enumerate(CASES)}
                 columns = {name: i for i, name in enumerate(METHODS)}
-                rows = sorted(
-                    [*kept, row], key=lambda r: (order[r["case"]], columns[r["method"]])
-                )
+                rows = sorted([*kept, row], key=lambda r: (order[r["case"]], columns[r["method"]]))
                 result = {
                     "machine": described,
                     "penalty": PENALTY,

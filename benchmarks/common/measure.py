@@ -1,12 +1,14 @@
 """One measurement in a process of its own: wall and CPU seconds, peak memory, the values.
 
 The parent (`measure`) starts a child per measurement, so that a peak belongs to one method alone,
-and ends it at a limit of CPU time or memory. CPU time, as other work on the machine changes it least. The child (`main`) loads the case, runs the method once on
-a small case, so that imports and first calls are not counted, and then runs it with clocks.
+and ends it at a limit of CPU time (other work on the machine changes that least) or memory. The
+child (`main`) loads the case, runs the method once on a small case, so that imports and first calls
+are not counted, and then runs it with clocks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -141,10 +143,8 @@ def main() -> None:
 
     name, method, data, weights = sys.argv[1:5]
     run = METHODS[method].run
-    try:
+    with contextlib.suppress(Unsupported, NotApplicable):
         run(load("tiny-mlp", None))
-    except (Unsupported, NotApplicable):
-        pass
     task = load(name, Path(data), Path(weights))
     facts = {"n": task.n, "n_params": task.n_params, "n_rows": task.n_rows}
 

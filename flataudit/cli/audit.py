@@ -41,7 +41,7 @@ def audit(
         str, typer.Option(help="training record: auto (the source run), FILE or KEY=VALUE,...")
     ] = "",
     curvature: Annotated[str, typer.Option(help="ggn")] = "",
-    solver: Annotated[str, typer.Option(help="auto, primal or dual")] = "",
+    solver: Annotated[str, typer.Option(help="auto, primal, dual, lanczos, sampling or kfac")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
     sensitivity: Annotated[
         str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")

@@ -5,10 +5,10 @@ For each Linear or Conv2d layer, on its own, G's block is replaced by the produc
     G_W ~ E[a a'] (x) E[d d'],   G_b = E[d d']      a: inputs, d: backpropagated columns of S
     Q_i = B_i (KFAC + D)^-1 B_i'                     by the eigenvectors of both factors
 
-with B exact (Martens and Grosse 2015, arXiv 1503.05671; the factors are curvlinops', type-2 Fisher,
-for weights shared over positions 'expand', Eschenhagen et al. 2023, arXiv 2311.00636). Dropping
-what couples layers, and inputs to deltas, makes the soft rank too large; by how much it did so on the
-benchmark's cases stands in `flataudit.solvers.kfac_reference`, and every result says it.
+with B exact (Martens and Grosse 2015, arXiv 1503.05671; the factors are curvlinops', type-2
+Fisher, for weights shared over positions 'expand', Eschenhagen et al. 2023, arXiv 2311.00636).
+Dropping what couples layers, and inputs to deltas, makes the soft rank too large; by how much it did
+so on the benchmark's cases stands in `flataudit.solvers.kfac_reference`, and every result says it.
 
 Needs curvlinops (`pip install 'flataudit[kfac]'`), which is imported here alone.
 """
@@ -59,7 +59,9 @@ class Kfac:
         n, k = problem.n_samples, problem.n_columns
         q = torch.empty(n, k, k, dtype=torch.float64, device=problem.device)
         trace = 0.0
-        mean = {name: torch.zeros((), dtype=torch.float64, device=problem.device) for name in blocks}
+        mean = {
+            name: torch.zeros((), dtype=torch.float64, device=problem.device) for name in blocks
+        }
         for at in problem.chunks(4 * k * problem.n_params):
             rows = problem.rows(at)
             trace += float(rows.square().sum())

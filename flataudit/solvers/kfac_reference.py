@@ -16,6 +16,4 @@ class ReferenceCase(NamedTuple):
     exact: float
 
 
-REFERENCE: tuple[ReferenceCase, ...] = (
-    ReferenceCase("mlp-500", 1.0, 1.0),
-)
+REFERENCE: tuple[ReferenceCase, ...] = (ReferenceCase("mlp-500", 1.0, 1.0),)

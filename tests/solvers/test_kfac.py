@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import flataudit
 from flataudit import estimates
-from flataudit.errors import InputError
-from flataudit.solvers import SOLVERS
+from flataudit.errors import InputError, MemoryPlanError
+from flataudit.solvers import NAMES, SOLVERS, select
 from flataudit.solvers.base import Work
 from flataudit.solvers.kfac import Kfac, reference_note
 from flataudit.solvers.kfac_reference import REFERENCE
@@ -214,3 +215,26 @@ def test_plan_covers_factors_and_values():
     problem = build(network()).problem
     values = 8 * problem.n_rows * problem.n_columns
     assert Kfac().plan(problem, {}) > 3 * values
+
+
+@installed
+def test_an_audit_warns_that_its_error_is_unknown():
+    built = build(network(n=60))
+    report = flataudit.audit(built.model, (built.x, built.y), penalty=0.02, solver="kfac")
+    assert (report.solver.name, report.solver.exact) == ("kfac", False)
+    (warning,) = [w for w in report.warnings if w.code == "approximate_solver"]
+    assert warning.severity == "high"
+    assert reference_note() in warning.message
+    assert "within its interval" not in warning.message
+    exact = flataudit.audit(built.model, (built.x, built.y), penalty=0.02)
+    assert report.estimates.soft_rank.rank != pytest.approx(
+        exact.estimates.soft_rank.rank, rel=0.01
+    )
+
+
+def test_the_choice_of_solvers_names_kfac_and_auto_never_takes_it():
+    assert "kfac" in NAMES
+    plans = {"primal": 9, "dual": 9, "sampling": 9, "lanczos": 9, "kfac": 1}
+    with pytest.raises(MemoryPlanError):
+        select("auto", 100, 200, plans, 5)
+    assert select("kfac", 100, 200, plans, 5).name == "kfac"
