@@ -55,7 +55,7 @@ def measure(
             if started is None:
                 out.seek(0)
                 started = _cpu_seconds(child.pid) if "START" in out.read() else None
-            elif _cpu_seconds(child.pid) - started > seconds:
+            if started is not None and _cpu_seconds(child.pid) - started > seconds:
                 row = {"status": "timeout", "reason": f"not finished in {seconds:.0f} CPU-seconds"}
                 child.kill()
             if not row and _status(child.pid, "VmRSS") > memory:
@@ -130,7 +130,7 @@ def clocked(run: Callable[[], Any], again: Callable[[], None]) -> tuple[Any, dic
 
 
 def main() -> None:
-    """A child: case, method, folder of the data, folder of the weights."""
+    """A child: case, method, folder of the data ('-': synthetic images), folder of the weights."""
     import dataclasses
 
     import torch
@@ -141,16 +141,17 @@ def main() -> None:
     from benchmarks.common.cases import load
     from benchmarks.common.methods import METHODS, NotApplicable, Unsupported
 
-    name, method, data, weights = sys.argv[1:5]
+    name, method, folder, weights = sys.argv[1:5]
+    data = None if folder == "-" else Path(folder)
     run = METHODS[method].run
     with contextlib.suppress(Unsupported, NotApplicable):
         run(load("tiny-mlp", None))
-    task = load(name, Path(data), Path(weights))
+    task = load(name, data, Path(weights))
     facts = {"n": task.n, "n_params": task.n_params, "n_rows": task.n_rows}
 
     def again() -> None:
         nonlocal task
-        task = load(name, Path(data), Path(weights))
+        task = load(name, data, Path(weights))
 
     try:
         outcome, clock = clocked(lambda: run(task), again)

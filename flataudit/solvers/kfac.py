@@ -8,7 +8,7 @@ For each Linear or Conv2d layer, on its own, G's block is replaced by the produc
 with B exact (Martens and Grosse 2015, arXiv 1503.05671; the factors are curvlinops', type-2
 Fisher, for weights shared over positions 'expand', Eschenhagen et al. 2023, arXiv 2311.00636).
 Dropping what couples layers, and inputs to deltas, makes the soft rank too large; by how much it
-did so on the benchmark's cases stands in `flataudit.solvers.kfac_reference`, and every result says it.
+did so on the benchmark's cases stands in `flataudit.solvers.kfac_reference`; every result says it.
 
 Needs curvlinops (`pip install 'flataudit[kfac]'`), which is imported here alone.
 """
@@ -45,7 +45,7 @@ class Kfac:
         k = problem.n_columns
         first = next(problem.chunks(4 * k * problem.n_params))
         rows = (first.stop - first.start) * k * problem.n_params
-        return 8 * (4 * factors + 4 * rows + 3 * problem.n_rows * k)
+        return int(8 * (4 * factors + 4 * rows + 3 * problem.n_rows * k))
 
     def solve(self, problem: Problem, penalty: Penalty, work: Work) -> FunctionalVariance:
         """The functional variance; `work` has no say: nothing is random, and it is soon done.
