@@ -73,7 +73,8 @@ def test_exponents_are_slopes():
     points = [
         {
             "series": "dual-n", "status": "done", "varies": "n_rows", "n_rows": n,
-            "cpu_seconds": n**3.0, "limit_cpu_seconds": n**2.0, "peak_bytes": 7 * n, "base_bytes": 0,
+            "cpu_seconds": n**3.0, "limit_cpu_seconds": n**2.0, "peak_bytes": 7 * n,
+            "base_bytes": 0,
         }
         for n in (10, 20, 40)
     ]  # fmt: skip
