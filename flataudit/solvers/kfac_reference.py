@@ -16,4 +16,7 @@ class ReferenceCase(NamedTuple):
     exact: float
 
 
-REFERENCE: tuple[ReferenceCase, ...] = (ReferenceCase("mlp-500", 1.0, 1.0),)
+REFERENCE: tuple[ReferenceCase, ...] = (
+    ReferenceCase("mlp-500", 1680.4094517741594, 538.989158458294),
+    ReferenceCase("lenet-500", 2000.2339711174877, 547.1369722094107),
+)
