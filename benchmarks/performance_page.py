@@ -332,6 +332,8 @@ def draw_scaling(scaling: dict[str, Any], path: Path) -> None:
             sizes, [p["limit_cpu_seconds"] for p in mine], "s--", color="#555555", label=least
         )
         axis.set_title(f"{SERIES[series]}: exponent {found[series]['time']:.2f}", fontsize=9)
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
         axis.set_xlabel(UNITS[mine[0]["varies"]])
         axis.set_ylabel("CPU-seconds")
         axis.legend(frameon=False, fontsize=8)
