@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common.cases import CASES, DATA, PENALTY, load
@@ -44,6 +46,7 @@ def main() -> None:
     given = parser.parse_args()
     result = json.loads(given.out.read_text()) if given.out.exists() else {"rows": []}
     described = machine(given.threads)
+    torch.set_num_threads(given.threads)  # of the training, in this process
     if result["rows"] and result["machine"] != described and not given.again:
         sys.exit("expected the machine and versions of the rows there, got others; use --again")
     with tempfile.TemporaryDirectory() as weights:
