@@ -56,6 +56,9 @@ def main() -> None:
         print(json.dumps(point(kind, *map(int, sizes), given.data)))
         return
     found = json.loads(given.out.read_text()) if given.out.exists() else {"points": []}
+    if found["points"] and found["machine"] != machine(1) and not given.again:
+        print("The points there are from another machine or other versions; measure with --again.")
+        return
     for series in given.series:
         kind, varies, sizes = SERIES[series]
         for n, hidden, k in sizes:
