@@ -484,7 +484,7 @@ def laplace(task: Task, structure: str) -> Outcome:
     from laplace import Laplace
     from laplace.curvature import CurvlinopsGGN
 
-    if structure == "full" and task.n_params > 12_000:
+    if structure == "full" and task.n_params > 30_000:
         gigabytes = 8 * task.n_params**2 / 1e9
         raise Unsupported(
             f"its dense posterior is P x P, {gigabytes:.0f} GB a matrix; the 'gp' structure in"
