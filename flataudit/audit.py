@@ -118,7 +118,8 @@ def audit(
             from which D = weight decay plus training time follows where `penalty` is 'auto'.
         curvature: 'ggn', the generalized Gauss-Newton matrix.
         solver: auto, primal or dual (exact), sampling or lanczos (matrix-free, approximate: they
-            state their error, and lanczos has no leave-one-out). `auto` takes an exact one where
+            state their error, and lanczos has no leave-one-out), or kfac (rough, its error unknown;
+            needs the extra of that name). `auto` takes an exact one where
             its matrix fits into memory.
         device: auto, cpu or cuda; the numbers are float64 on each.
         seed: For the randomised parts of calibration and the test of the held-out inputs, and the

@@ -271,6 +271,17 @@ def _solver_warnings(seen: Observations) -> list[AuditWarning]:
     if solver is None or solver.exact:
         return []
     chosen = getattr(seen.estimates, seen.gap.estimator)
+    if chosen.monte_carlo_se is None and chosen.truncation is None:
+        return [
+            AuditWarning(
+                "approximate_solver",
+                "high",
+                f"solver {solver.name} is an approximation whose error on this model is unknown,"
+                " and not within the gap's interval"
+                + "".join(f"; {note}" for note in solver.notes)
+                + "; use solver=auto where it fits",
+            )
+        ]
     error = Z_95 * (chosen.monte_carlo_se or 0.0) + (chosen.truncation or 0.0)
     missed = [note for note in solver.notes if "asked for" in note or "tolerance" in note]
     return [

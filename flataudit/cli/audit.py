@@ -42,7 +42,10 @@ def audit(
     ] = "",
     curvature: Annotated[str, typer.Option(help="ggn")] = "",
     solver: Annotated[
-        str, typer.Option(help="auto, primal or dual (exact), sampling or lanczos (matrix-free)")
+        str,
+        typer.Option(
+            help="auto, primal or dual (exact), sampling or lanczos (matrix-free), kfac (rough)"
+        ),
     ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
     sensitivity: Annotated[

@@ -1,10 +1,10 @@
 """Solvers: one file per strategy, plain dicts, and the choice between them.
 
 SOLVERS are exact; MATRIX_FREE, for sizes where no matrix fits, are approximations that state their
-error.
+error. kfac, never chosen by `auto`, states only how far off it was elsewhere.
 
 >>> sorted(SOLVERS), sorted(MATRIX_FREE)
-(['dual', 'primal'], ['lanczos', 'sampling'])
+(['dual', 'primal'], ['kfac', 'lanczos', 'sampling'])
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from flataudit.solvers.base import (
     Work,
 )
 from flataudit.solvers.dual import Dual
+from flataudit.solvers.kfac import Kfac
 from flataudit.solvers.lanczos import Lanczos
 from flataudit.solvers.primal import Primal
 from flataudit.solvers.sampling import Sampling
@@ -50,7 +51,9 @@ __all__ = [
 ]
 
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (Primal(), Dual())}
-MATRIX_FREE: dict[str, MatrixFree] = {solver.name: solver for solver in (Sampling(), Lanczos())}
+MATRIX_FREE: dict[str, MatrixFree] = {
+    solver.name: solver for solver in (Sampling(), Lanczos(), Kfac())
+}
 NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
 
 # Floating-point operations up to which `auto` takes samples, which give leave-one-out and values

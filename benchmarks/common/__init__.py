@@ -1,0 +1,1 @@
+"""Shared by the benchmarks: cases, methods, and measurement in processes of their own."""
