@@ -343,7 +343,7 @@ def _digest(pair: Any, data: Any) -> str:
 
 def _compare(model: Any, twin: nn.Module, family: str, raw: Any, x: NDArray[np.float64]) -> None:
     """InputError where the twin's predictions are not the estimator's own."""
-    raw, head = _copied(raw)[:_CHECKED], torch.from_numpy(x[:_CHECKED])
+    raw, head = _copied(raw)[:_CHECKED], torch.from_numpy(np.array(x[:_CHECKED]))
     with torch.no_grad():
         found = twin(head)
     with _quiet():

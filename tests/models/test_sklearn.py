@@ -453,3 +453,11 @@ def test_any_data_give_numbers_or_a_named_error(
     except (ValueError, np.linalg.LinAlgError):  # one class alone: nothing was fitted
         return
     audited(estimator, (x, y), heldout=(x[:2], y[:2]))
+
+
+def test_arrays_that_cannot_be_written_to():
+    """As pandas gives them: torch warns of undefined behaviour where it would share them."""
+    x, y = np.random.default_rng(0).normal(size=(60, 3)), np.arange(60) % 2
+    fitted = LogisticRegression().fit(x, y)
+    x.flags.writeable = False
+    assert flataudit.audit(fitted, (x, y)).model.n_params == 4
