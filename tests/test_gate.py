@@ -5,6 +5,7 @@ Every test runs on each store of `tests.audited_store.STORES`.
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -31,9 +32,10 @@ from tests.audited_store import (
     make_report,
     pointed_at,
     register,
+    sqlite_uri,
     store_of,
 )
-from tests.shells import environment, make_models
+from tests.shells import ROOT, environment, make_models
 
 POLICY = parse_policy("max_gap: 0.1\nmax_age_days: 30\nbaseline: champion\nmax_regression: 0.02")
 GOOD, BAD = make_report(gap=0.05), make_report(gap=0.5)
@@ -619,6 +621,43 @@ def test_a_gate_on_a_stored_audit_needs_neither_torch_nor_netcal(store, name, tm
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert b"champion is now version 1 (was not set)" in done.stdout
+
+
+@pytest.mark.slow
+def test_mlflow_run_gates_too(tmp_path):
+    """`mlflow run . -e gate`: a pass is the project's success, a refusal its failure."""
+    (tmp_path / "policy.yaml").write_text("max_gap: 0.1\nbaseline: champion")
+    bin_ = Path(sys.executable).parent
+    with sqlite_uri() as uri, pointed_at(uri):
+        client, sources = MlflowClient(), [register("project"), register("project")]
+        for source, report in zip(sources, (GOOD, BAD), strict=True):
+            log_report(source, report)
+
+        def run(source):
+            return subprocess.run(
+                [bin_ / "mlflow", "run", ROOT, "-e", "gate", "--env-manager=local",
+                 "-P", f"model_uri={source.uri}", "-P", "alias=champion",
+                 "-P", f"policy={tmp_path / 'policy.yaml'}", "-P", f"json={tmp_path / 'd.json'}"],
+                env=environment(
+                    PATH=os.pathsep.join([str(bin_), os.environ["PATH"]]), MLFLOW_TRACKING_URI=uri
+                ),
+                cwd=tmp_path, capture_output=True, text=True,
+            )  # fmt: skip
+
+        done = run(sources[0])
+        assert done.returncode == 0, done.stderr
+        decision = json.loads((tmp_path / "d.json").read_text())
+        assert (decision["outcome"], decision["alias_set"]) == ("pass", True)
+        assert recorded(client, decision["gate_run_id"]) == decision
+        refused = run(sources[1])
+        assert refused.returncode == 1, refused.stderr
+        assert "models:/project/2: REFUSED" in refused.stdout + refused.stderr
+        decision = json.loads((tmp_path / "d.json").read_text())
+        assert (decision["outcome"], decision["alias_set"]) == ("refuse", False)
+        assert str(client.get_model_version_by_alias("project", "champion").version) == "1"
+        projects = client.search_runs(["0"], order_by=["attributes.start_time"])
+        assert [run.info.status for run in projects] == ["FINISHED", "FAILED"]
+        assert {run.data.tags["mlflow.project.entryPoint"] for run in projects} == {"gate"}
 
 
 @pytest.fixture
