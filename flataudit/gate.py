@@ -162,31 +162,41 @@ def run_gate(
         tags[keys.GATE_ALIAS] = f"{source.name}@{alias}"
     if sets:
         tags[keys.GATE_QUEUE] = turns.queue_of(str(source.name), sets)
-    with records.record_run(keys.GATES, source, "gate", tags) as (client, run_id):
-        waited = turns.take_turn(client, run_id, tags[keys.GATE_QUEUE]) if sets else 0
-        for _ in range(_ATTEMPTS):
-            grounds = _read(client, source, policy, sets, fresh)
-            decision = _decide(source, policy, mode, grounds, reason, run_id, policy_file, fresh)
-            if sets:
-                now = grounds.holder
-                place = {"name": sets, "before": now, "after": now, "waited_for": waited}
-                decision = replace(decision, alias=place)
-            records.log_decision(client, run_id, decision.to_dict())
-            if not (sets and decision.let_through):
-                break
-            turns.check_turn(client, run_id)
-            if _read(client, source, policy, sets, fresh).key == grounds.key:
-                decision = _set_alias(client, source, run_id, decision)
-                break
-        else:
-            raise StoreError(
-                f"expected the grounds of a decision on {source.uri} to stand still, got other"
-                f" audits or aliases at each of {_ATTEMPTS} attempts; nothing was set, try again"
-            )
-        if not decision.alias_set:
-            if mode == "enforced":
-                records.show_on_version(client, source, run_id, decision.to_dict())
-            client.set_tag(run_id, keys.GATE_STATE, "done")
+    decision: Decision | None = None
+    try:
+        with records.record_run(keys.GATES, source, "gate", tags) as (client, run_id):
+            waited = turns.take_turn(client, run_id, tags[keys.GATE_QUEUE]) if sets else 0
+            for _ in range(_ATTEMPTS):
+                grounds = _read(client, source, policy, sets, fresh)
+                decision = _decide(
+                    source, policy, mode, grounds, reason, run_id, policy_file, fresh
+                )
+                if sets:
+                    now = grounds.holder
+                    place = {"name": sets, "before": now, "after": now, "waited_for": waited}
+                    decision = replace(decision, alias=place)
+                records.log_decision(client, run_id, decision.to_dict())
+                if not (sets and decision.let_through):
+                    break
+                turns.check_turn(client, run_id)
+                if _read(client, source, policy, sets, fresh).key == grounds.key:
+                    decision = _set_alias(client, source, run_id, decision)
+                    break
+            else:
+                raise StoreError(
+                    f"expected the grounds of a decision on {source.uri} to stand still, got"
+                    f" other audits or aliases at each of {_ATTEMPTS} attempts; nothing was set,"
+                    " try again"
+                )
+            if not decision.alias_set:
+                if mode == "enforced":
+                    records.show_on_version(client, source, run_id, decision.to_dict())
+                client.set_tag(run_id, keys.GATE_STATE, "done")
+    except StoreError as error:
+        if decision is None or not decision.alias_set:
+            raise
+        at = f"the alias {sets} of {source.name} is set, to version {source.version}"
+        raise StoreError(f"{error}; {at}") from error
     return decision
 
 
@@ -312,10 +322,7 @@ def _set_alias(
     name, version, alias = str(source.name), str(source.version), dict(decision.alias or {})
     client.set_tag(run_id, keys.GATE_STATE, "setting")
     records.show_on_version(client, source, run_id, decision.to_dict())
-    with store_errors(f"set the alias {alias['name']} of {name}"):
-        client.set_registered_model_alias(name, alias["name"], version)
-        found = client.get_registered_model(name).aliases.get(alias["name"])
-    alias["after"] = None if found is None else str(found)
+    alias["after"] = _write_alias(client, name, alias["name"], version)
     kept = alias["after"] == version
     decision = replace(decision, alias_set=kept, alias=alias)
     with store_errors(
@@ -329,6 +336,23 @@ def _set_alias(
             f" version {alias['after']}, set by someone else at the same time; run the gate again"
         )
     return decision
+
+
+def _write_alias(client: MlflowClient, name: str, alias: str, version: str) -> str | None:
+    """Sets the alias; the version that it names then, None where it names none."""
+    failed: Exception | None = None
+    try:
+        client.set_registered_model_alias(name, alias, version)
+    except Exception as error:  # the answer may be lost where the write is not
+        failed = error
+    with store_errors(f"read whether the alias {alias} of {name} is now version {version}"):
+        found = client.get_registered_model(name).aliases.get(alias)
+    now = None if found is None else str(found)
+    if failed is not None and now != version:
+        left = "it is not set" if now is None else f"it names version {now}"
+        with store_errors(f"set the alias {alias} of {name} ({left})"):
+            raise failed
+    return now
 
 
 def _check_alias(alias: str | None) -> None:

@@ -32,19 +32,27 @@ _ROUNDS = 20  # of writing the table, where other audits end at the same time
 
 log = logging.getLogger(__name__)
 
-_BLOCK = re.compile(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
+# The words that a block may begin with stand before its first marker: the UI's lists show the
+# beginning of a description as it is.
+_LEAD = rf"\**flataudit: (?:pass|warn|fail|error|{TITLE.strip('*').partition(': ')[2]})\.?\**"
+_BLOCK = re.compile(rf"(?:{_LEAD}\s*)?{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 
 
 def merge_description(old: str | None, block: str) -> str:
     """A description with flataudit's own block replaced, or added at its end.
 
-    Whatever stands outside the markers stays; a marker without its partner is dropped.
+    Whatever stands outside the markers stays, but for the title before the first one; a marker
+    without its partner is dropped.
 
     >>> text = merge_description("Churn model.", "pass")
     >>> merge_description(text + " Ask Ann.", "warn").splitlines()[-2:]
     ['warn', '<!-- flataudit:end --> Ask Ann.']
     """
-    ours = f"{BEGIN}\n{_unmarked(block)}\n{END}"
+    block = _unmarked(block)
+    lead = re.match(_LEAD, block)
+    ours = f"{BEGIN}\n{block}\n{END}"
+    if lead:
+        ours = f"{lead[0]}{BEGIN}{block[lead.end() :]}\n{END}"
     first, *rest = _BLOCK.split(old or "") or [""]
     others = [_unmarked(part) for part in rest]
     if others:

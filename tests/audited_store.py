@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +17,7 @@ from unittest import mock
 
 import mlflow
 import numpy as np
+import pytest
 from mlflow import MlflowClient
 
 from flataudit import keys, tracking
@@ -151,44 +147,6 @@ def sqlite_uri() -> Iterator[str]:
 
 
 @contextmanager
-def http_uri() -> Iterator[str]:
-    """The URI of a new MLflow server over sqlite, whose artifacts it serves itself."""
-    folder = Path(scratch_folder())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
-               "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
-               "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
-        )
-    try:
-        _await(uri, server, folder / "server.log")
-        yield uri
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
-
-
-def _await(uri: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(1200):
-        if server.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"no MLflow server: {log.read_text()[-2000:]}")
-
-
-@contextmanager
 def pointed_at(uri: str) -> Iterator[str]:
     """MLflow in this process pointed at a store, and at nothing afterwards."""
     from flataudit.store import use_tracking
@@ -200,7 +158,27 @@ def pointed_at(uri: str) -> Iterator[str]:
         mlflow.set_tracking_uri(None)
 
 
-STORES = {"sqlite": sqlite_uri, "http": http_uri}
+# Where the tests of what reads audits run: on an embedded store; over HTTP, with MLflow's server on
+# PostgreSQL, as people have it; and slowly, as a cross-check, with the server on sqlite.
+STORES = [
+    "sqlite",
+    "postgresql",
+    pytest.param("http", marks=pytest.mark.slow),
+]
+
+
+@contextmanager
+def store_of(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The tracking URI of the store that `request.param` names, for a fixture over `STORES`.
+
+    Servers are shared by all tests. Skips the test where there is no PostgreSQL.
+    """
+    if request.param == "sqlite":
+        with sqlite_uri() as uri:
+            yield uri
+    else:
+        fixture = {"http": "sqlite_url", "postgresql": "postgresql_url"}[request.param]
+        yield str(request.getfixturevalue(fixture))
 
 
 def gate_in_child(job: tuple[str, str, str, str]) -> dict[str, Any]:

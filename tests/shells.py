@@ -24,7 +24,7 @@ DESCRIPTION = "Sorts parcels. Ask Ann."
 
 @dataclass(frozen=True)
 class Models:
-    """An embedded store: `good` can be audited; `bare`, `infinite` and `forest` cannot.
+    """A store: `good` can be audited; `bare`, `infinite` and `forest` cannot.
 
     `good` has versions 1 and 2 of one network, its training data and its record logged;
     `data` and `heldout` are npz files of the same data and of 40 other samples.
@@ -40,8 +40,8 @@ class Models:
 
 
 @cache
-def make_models() -> Models:
-    """Builds the store at the first call; later calls return the same."""
+def make_models(url: str | None = None) -> Models:
+    """Fills the store of an MLflow server, else an embedded one; later calls return the same."""
     import mlflow
     import torch
     from sklearn.ensemble import RandomForestClassifier
@@ -53,7 +53,7 @@ def make_models() -> Models:
 
     folder = Path(tempfile.mkdtemp(prefix="flataudit-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    uri = embedded_store(folder / "store")
+    uri = url or embedded_store(folder / "store")
     x, y = toy_data(120)
     for name, part in (("train", slice(80)), ("heldout", slice(80, None))):
         np.savez(folder / f"{name}.npz", x=x[part], y=y[part])

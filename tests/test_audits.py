@@ -8,12 +8,20 @@ from mlflow import MlflowClient
 from flataudit import audits, tracking
 from flataudit.audits import gap_changes, latest_audit, past_audits, read_report
 from flataudit.errors import InputError, StoreError
-from tests.audited_store import SHA, log_report, make_report, pointed_at, register, sqlite_uri
+from tests.audited_store import (
+    SHA,
+    STORES,
+    log_report,
+    make_report,
+    pointed_at,
+    register,
+    store_of,
+)
 
 
-@pytest.fixture(scope="module")
-def uri():
-    with sqlite_uri() as found:
+@pytest.fixture(scope="module", params=STORES)
+def uri(request):
+    with store_of(request) as found:
         yield found
 
 

@@ -1,10 +1,11 @@
 """The gate against real stores: what it reads, what it records, what it sets.
 
-Every test runs on each store of `tests.audited_store.STORES`; all but sqlite are slow.
+Every test runs on each store of `tests.audited_store.STORES`.
 """
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -31,19 +32,18 @@ from tests.audited_store import (
     make_report,
     pointed_at,
     register,
+    sqlite_uri,
+    store_of,
 )
-from tests.shells import environment, make_models
+from tests.shells import ROOT, environment, make_models
 
 POLICY = parse_policy("max_gap: 0.1\nmax_age_days: 30\nbaseline: champion\nmax_regression: 0.02")
 GOOD, BAD = make_report(gap=0.05), make_report(gap=0.5)
 
 
-SERVED = [pytest.param(name, marks=pytest.mark.slow) for name in STORES if name != "sqlite"]
-
-
-@pytest.fixture(scope="module", params=["sqlite", *SERVED])
+@pytest.fixture(scope="module", params=STORES)
 def store_uri(request):
-    with STORES[request.param]() as uri:
+    with store_of(request) as uri:
         yield uri
 
 
@@ -400,6 +400,65 @@ def test_a_gate_that_broke_off_holds_up_nobody(monkeypatch, name, alias_of):
     assert run_gate(source.uri, POLICY, alias="champion").alias["waited_for"] == 0
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("set_terminated", "disk full.*; the alias champion of {name} is set, to version 1$"),
+        ("log_dict", "could not record that champion of {name} is now version 1 .it is set.: disk"),
+        ("get_registered_model", "could not read whether the alias champion of {name} is now"),
+    ],
+)
+def test_what_fails_after_the_alias_is_set_says_that_it_is(
+    monkeypatch, name, alias_of, broken, said
+):
+    """Whatever write or reading fails from then on; the exit code alone cannot say it."""
+    source = register(name)
+    log_report(source, GOOD)
+    original = MlflowClient.set_registered_model_alias
+    with monkeypatch.context() as patch:
+
+        def sets_and_then_the_store_breaks(*args):
+            original(*args)
+            patch.setattr(MlflowClient, broken, _raise)
+
+        patch.setattr(MlflowClient, "set_registered_model_alias", sets_and_then_the_store_breaks)
+        with pytest.raises(StoreError, match=said.format(name=name)) as caught:
+            run_gate(source.uri, POLICY, alias="champion")
+    assert caught.value.exit_code == 3
+    assert alias_of(name) == "1"
+
+
+def test_a_lost_answer_is_no_lost_alias(monkeypatch, client, name, alias_of):
+    """The store sets the alias, and the connection breaks before it says so."""
+    source = register(name)
+    log_report(source, GOOD)
+    original = MlflowClient.set_registered_model_alias
+
+    def breaks(*args):
+        original(*args)
+        _raise()
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", breaks)
+    decision = run_gate(source.uri, POLICY, alias="champion")
+    assert (decision.alias_set, decision.alias["after"]) == (True, "1")
+    assert recorded(client, decision.gate_run_id) == decision.to_dict()
+
+
+def test_an_alias_that_cannot_be_set(monkeypatch, client, name, alias_of):
+    first, second = register(name), register(name)
+    for source in (first, second):
+        log_report(source, GOOD)
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", _raise)
+    with pytest.raises(StoreError, match=r"could not set .* \(it is not set\): disk full"):
+        run_gate(first.uri, POLICY, alias="champion")
+    monkeypatch.undo()
+    run_gate(first.uri, POLICY, alias="champion")
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", _raise)
+    with pytest.raises(StoreError, match=r"could not set .* \(it names version 1\): disk full"):
+        run_gate(second.uri, POLICY, alias="champion")
+    assert alias_of(name) == "1"
+
+
 def test_who_loses_the_alias_at_once_says_so(monkeypatch, client, name):
     """Someone who takes no turns, such as a person in the UI, between writing and reading."""
     first, second = register(name), register(name)
@@ -541,22 +600,6 @@ def test_fifty_gates_at_once(store, client, alias_of, kind):
         assert won[-1] == min(gaps)
 
 
-def test_over_http():
-    """What matters most, once in the fast tests too."""
-    with STORES["http"]() as uri, pointed_at(uri):
-        client = MlflowClient()
-        first, second, old = register("h"), register("h"), register("h", like_mlflow_2=True)
-        log_report(first, make_report(gap=0.01))
-        log_report(second, GOOD)
-        log_report(old, BAD)
-        assert run_gate(first.uri, POLICY, alias="champion").alias_set
-        assert run_gate(second.uri, POLICY, alias="champion").exit_code == 1
-        decision = run_gate(old.uri, POLICY, alias="champion", override="drill")
-        assert (decision.alias["before"], decision.alias["after"]) == ("1", "3")
-        assert recorded(client, decision.gate_run_id) == decision.to_dict()
-        assert dict(client.get_registered_model("h").aliases) == {"champion": "3"}
-
-
 # --- what it imports, and an audit on the way ---------------------------------------------------
 
 
@@ -578,6 +621,43 @@ def test_a_gate_on_a_stored_audit_needs_neither_torch_nor_netcal(store, name, tm
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert b"champion is now version 1 (was not set)" in done.stdout
+
+
+@pytest.mark.slow
+def test_mlflow_run_gates_too(tmp_path):
+    """`mlflow run . -e gate`: a pass is the project's success, a refusal its failure."""
+    (tmp_path / "policy.yaml").write_text("max_gap: 0.1\nbaseline: champion")
+    bin_ = Path(sys.executable).parent
+    with sqlite_uri() as uri, pointed_at(uri):
+        client, sources = MlflowClient(), [register("project"), register("project")]
+        for source, report in zip(sources, (GOOD, BAD), strict=True):
+            log_report(source, report)
+
+        def run(source):
+            return subprocess.run(
+                [bin_ / "mlflow", "run", ROOT, "-e", "gate", "--env-manager=local",
+                 "-P", f"model_uri={source.uri}", "-P", "alias=champion",
+                 "-P", f"policy={tmp_path / 'policy.yaml'}", "-P", f"json={tmp_path / 'd.json'}"],
+                env=environment(
+                    PATH=os.pathsep.join([str(bin_), os.environ["PATH"]]), MLFLOW_TRACKING_URI=uri
+                ),
+                cwd=tmp_path, capture_output=True, text=True,
+            )  # fmt: skip
+
+        done = run(sources[0])
+        assert done.returncode == 0, done.stderr
+        decision = json.loads((tmp_path / "d.json").read_text())
+        assert (decision["outcome"], decision["alias_set"]) == ("pass", True)
+        assert recorded(client, decision["gate_run_id"]) == decision
+        refused = run(sources[1])
+        assert refused.returncode == 1, refused.stderr
+        assert "models:/project/2: REFUSED" in refused.stdout + refused.stderr
+        decision = json.loads((tmp_path / "d.json").read_text())
+        assert (decision["outcome"], decision["alias_set"]) == ("refuse", False)
+        assert str(client.get_model_version_by_alias("project", "champion").version) == "1"
+        projects = client.search_runs(["0"], order_by=["attributes.start_time"])
+        assert [run.info.status for run in projects] == ["FINISHED", "FAILED"]
+        assert {run.data.tags["mlflow.project.entryPoint"] for run in projects} == {"gate"}
 
 
 @pytest.fixture

@@ -15,13 +15,18 @@ from flataudit.identity import identify
 from flataudit.models.registry import resolve
 from flataudit.observe import measure_here, observe
 from flataudit.track_record import read_outcomes
-from tests.audited_store import pointed_at
+from tests.audited_store import STORES, pointed_at, store_of
 from tests.shells import make_models
 
 
+@pytest.fixture(scope="module", params=STORES)
+def made(request):
+    with store_of(request) as uri, pointed_at(uri):
+        yield make_models(uri)
+
+
 @pytest.fixture
-def models():
-    made = make_models()
+def models(made):
     with pointed_at(made.uri):
         yield made
 

@@ -11,7 +11,7 @@ from scipy.stats import beta
 from flataudit import keys
 from flataudit.report import track_record as report
 from flataudit.track_record import Outcome, read_outcomes, summarise
-from tests.audited_store import log_report, make_report, pointed_at, register, sqlite_uri
+from tests.audited_store import STORES, log_report, make_report, pointed_at, register, store_of
 
 
 def outcome(predicted, observed, half=0.01, se=0.0, **changes):
@@ -107,9 +107,9 @@ def test_words_and_picture():
     assert report.draw(record, "svg") == svg  # the same bytes for the same record
 
 
-@pytest.fixture(scope="module")
-def uri():
-    with sqlite_uri() as found:
+@pytest.fixture(scope="module", params=STORES)
+def uri(request):
+    with store_of(request) as found:
         yield found
 
 
@@ -134,7 +134,8 @@ def test_read_from_a_store(uri):
         assert found[second].observed_se == 0.02
         assert (found[first].estimator, found[first].confidence) == ("soft_rank", "ok")
         assert (found[first].name, found[first].identity) == ("recorded", source.identity)
-        assert len(read_outcomes()) == 3
+        of_both = [o.name for o in read_outcomes() if o.name in ("recorded", "another")]
+        assert sorted(of_both) == ["another", "recorded", "recorded"]
 
 
 def _observation(client, source, audit_run_id, gap, status):

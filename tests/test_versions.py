@@ -43,7 +43,7 @@ def rows(text):
 
 def test_one_line_per_audited_version_newest_first():
     text = merge_table("Churn.", [version(9), version(10, "fail", run="r2"), version(11, None)])
-    assert text.startswith(f"Churn.\n\n{BEGIN}\n{TITLE}\n\n| Version |")
+    assert text.startswith(f"Churn.\n\n{TITLE}{BEGIN}\n\n| Version |")
     assert rows(text) == [
         "| 10 | **fail** | 0.052 [0.041, 0.064] | ok | 2026-11-24 11:42"
         " | [run](<#/experiments/2/runs/r2>) |",
@@ -56,7 +56,7 @@ def test_one_line_per_audited_version_newest_first():
 def test_what_people_wrote_survives():
     text = merge_table("Before.", [version(1)]) + " After | `x`."
     again = merge_table(text, [version(1, "fail"), version(2)])
-    assert again.startswith("Before.\n\n" + BEGIN)
+    assert again.startswith(f"Before.\n\n{TITLE}{BEGIN}\n\n| Version |")
     assert again.endswith(END + " After | `x`.")
     assert again.count(BEGIN) == again.count(END) == 1
     assert [row[:16] for row in rows(again)] == ["| 2 | **pass** |", "| 1 | **fail** |"]
@@ -137,7 +137,7 @@ def described(client, name):
 def test_the_table_follows_the_audits(client, model):
     first, second = model("table", 2)
     audited(client, first)
-    assert described(client, "table").startswith(f"Digits, for the sorter.\n\n{BEGIN}\n{TITLE}")
+    assert described(client, "table").startswith(f"Digits, for the sorter.\n\n{TITLE}{BEGIN}")
     assert len(rows(described(client, "table"))) == 1
     assert "Not audited: 2." in described(client, "table")
     audited(client, second, "fail")

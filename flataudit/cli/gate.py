@@ -141,7 +141,9 @@ def _show(decision: Decision, *, to_stderr: bool) -> None:
         was = "was not set" if before is None else f"was version {before}"
         console.print(escape(f"{decision.alias['name']} is now version {decision.version} ({was})"))
     elif decision.alias:
-        console.print(escape(f"{decision.alias['name']} was not set"))
+        now = decision.alias["after"]
+        stays = "is still not set" if now is None else f"is still version {now}"
+        console.print(escape(f"{decision.alias['name']} {stays}"))
     console.print(escape(f"recorded in MLflow: run {decision.gate_run_id} in flataudit-gates"))
 
 
