@@ -203,8 +203,24 @@ def run_audit(
         if write:
             log_failure(loaded, str(failure), values)
         raise failure from error
+    result = _compared(loaded, result, options)
     run_id = stages.log(loaded, result, values) if write else None
     return {**result, "run_id": run_id}
+
+
+def _compared(loaded: Json, result: Json, options: AuditOptions) -> Json:
+    """The result with the warning of a regression against the registered model's last audit."""
+    name = loaded["source"].get("name")
+    if name is None:
+        return result
+    from flataudit.history import earlier_audits
+    from flataudit.regression import regression_warnings
+    from flataudit.store import use_tracking
+
+    use_tracking(options.tracking_uri)
+    report = result["report"]
+    found = regression_warnings(report, earlier_audits(name))
+    return {**result, "report": {**report, "warnings": [*found, *report["warnings"]]}}
 
 
 def _asked(loaded: Json, options: Json) -> Json:

@@ -148,7 +148,8 @@ def log_audit(
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
         model_id = logged_model_id(client, source)
         if run.info.status == "FINISHED":  # only the verdict was not written
-            tags[keys.AUDITED_AT] = run.data.tags.get(keys.AUDITED_AT, tags[keys.AUDITED_AT])
+            tags = {key: run.data.tags.get(key, value) for key, value in tags.items()}
+            block = run.data.tags.get("mlflow.note.content", block)
         else:
             client.log_artifacts(run_id, folder, ARTIFACTS)
             data = _log_inputs(client, run_id, report["data"], source, options, model_id)
