@@ -18,6 +18,7 @@ REPORT = f"{ARTIFACTS}/report.json"
 
 URI_TAG, VERDICT = "flataudit.model_uri", "flataudit.verdict"  # the first on the run alone
 RUN_ID, MODEL_ID = "flataudit.run_id", "flataudit.model_id"  # the second: ModelSource.identity
+AUDIT_ID = "flataudit.audit_id"  # of a run alone: a retry finds by it the run that it began
 AUDITED_AT, POLICY = "flataudit.audited_at", "flataudit.policy"
 GAP, CALIBRATION = "flataudit.gap", "flataudit.calibration"
 CONFIDENCE, WARNINGS = "flataudit.confidence", "flataudit.warnings"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from flataudit import isolation
 from flataudit.config import AuditOptions, make_options
-from flataudit.errors import AuditFailedError, FlatauditError, InputError
+from flataudit.errors import AuditFailedError, FlatauditError, InputError, StoreError
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -59,8 +60,9 @@ def prestart() -> None:
 def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json:
     """Resolves the model, downloads it where needed, and checks what costs nothing to check.
 
-    Returns {source, train, heldout, training, seconds}; training is the record given, None where
-    it is read from the source run. The data are read once, by `estimate`.
+    Returns {audit_id, source, train, heldout, training, seconds}; training is the record given,
+    None where it is read from the source run. The data are read once, by `estimate`. By audit_id
+    `log`, called again, finds the run that it began.
 
     Raises:
         InputError: no such model, version or file, or a training record that is not one.
@@ -80,6 +82,7 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
         check_data(data)
     given = chosen.training if chosen.training != "auto" else None
     return {
+        "audit_id": uuid.uuid4().hex,
         "source": source.to_dict(),
         "train": train,
         "heldout": heldout or None,
@@ -149,6 +152,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
         options=_asked(loaded, options),
         duration=result["seconds"],
         run_tags=loaded.get("run_tags"),
+        audit_id=loaded.get("audit_id"),
     )
 
 
@@ -161,7 +165,7 @@ def log_failure(loaded: Json, error: str, options: Json) -> None:
     use_tracking(AuditOptions(**options).tracking_uri)
     source = ModelSource.from_dict(loaded["source"])
     asked, tags = _asked(loaded, options), loaded.get("run_tags")
-    tracking.log_error(source, error, options=asked, run_tags=tags)
+    tracking.log_error(source, error, options=asked, run_tags=tags, audit_id=loaded.get("audit_id"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ def run_audit(
 
     Raises:
         InputError: bad input; nothing was written.
-        StoreError: MLflow failed; the old verdict stands.
+        StoreError: MLflow failed, in whichever stage; the old verdict stands.
         AuditFailedError, DeadlineError, NumericalError: the error is on record in MLflow.
     """
     stages = stages or Stages()
@@ -194,15 +198,31 @@ def run_audit(
     loaded = stages.load(model_uri, train, heldout, values)
     try:
         result = stages.estimate(loaded, values)
-    except InputError:
+    except (InputError, StoreError):  # a store's failure says nothing about the model
         raise
     except Exception as error:
         failure = error if isinstance(error, FlatauditError) else _failed(error)
         if write:
             log_failure(loaded, str(failure), values)
         raise failure from error
+    result = _compared(loaded, result, options)
     run_id = stages.log(loaded, result, values) if write else None
     return {**result, "run_id": run_id}
+
+
+def _compared(loaded: Json, result: Json, options: AuditOptions) -> Json:
+    """The result with the warning of a regression against the registered model's last audit."""
+    name = loaded["source"].get("name")
+    if name is None:
+        return result
+    from flataudit.history import earlier_audits
+    from flataudit.regression import regression_warnings
+    from flataudit.store import use_tracking
+
+    use_tracking(options.tracking_uri)
+    report = result["report"]
+    found = regression_warnings(report, earlier_audits(name))
+    return {**result, "report": {**report, "warnings": [*found, *report["warnings"]]}}
 
 
 def _asked(loaded: Json, options: Json) -> Json:

@@ -132,6 +132,8 @@ def scratch_folder() -> str:
 def one_line(error: BaseException) -> str:
     """An error's first line, at most 200 characters, without passwords in URLs."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith("(raised as a result of Query-invoked autoflush"):
+        del lines[0]  # SQLAlchemy says what went wrong after that
     text = lines[0].strip() if lines else ""
     return without_password(text)[:200] or type(error).__name__
 

@@ -15,14 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError
-from flataudit.keys import DURATION, EXPERIMENT, URI_TAG, VERDICT
+from flataudit.keys import (
+    AUDIT_ID,
+    AUDITED_AT,
+    DURATION,
+    EXPERIMENT,
+    RUN_ID,
+    URI_TAG,
+    VERDICT,
+)
 from flataudit.models.registry import ModelSource, resolve
 from flataudit.pipeline import Models, Pipeline
+from flataudit.retries import patient
 from flataudit.store import ensure_experiment, store_errors
 from flataudit.tracking import policy_hash
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 Json = dict[str, Any]
@@ -100,11 +110,51 @@ def audited_run(key: str, source: ModelSource) -> str | None:
         run = runs[0]
         if source.kind == "registry":
             tags = client.get_model_version(str(source.name), str(source.version)).tags
-            written = tags.get("flataudit.audited_at", "")
-            of_run = run.data.tags.get("flataudit.audited_at", "")
-            if written < of_run or tags.get(VERDICT, "error") == "error":
+            if _unwritten(tags, run) or tags.get(VERDICT, "error") == "error":
                 return None
         return str(run.info.run_id)
+
+
+def broken_off(key: str, source: ModelSource) -> str | None:
+    """The audit id of an audit with this key whose logging broke off, which can be completed.
+
+    It has to be the newest run of this model: to complete an older one would let it appear older
+    than the audits made since.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    with store_errors(f"look for an earlier audit of {source.uri}"):
+        client = _client()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return None
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            f"tags.`{URI_TAG}` = {_quoted(source.uri)}",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not runs or runs[0].data.tags.get(KEY_TAG) != key:
+            return None
+        (run,) = runs
+        audit_id = run.data.tags.get(AUDIT_ID)
+        if audit_id is None or audit_id.endswith("-error"):
+            return None
+        if run.info.status == "FINISHED":
+            if source.kind != "registry":
+                return None
+            tags = client.get_model_version(str(source.name), str(source.version)).tags
+            return str(audit_id) if _unwritten(tags, run) else None
+        return str(audit_id)
+
+
+def _unwritten(tags: Mapping[str, str], run: Run) -> bool:
+    """Whether the version's tags are older than this run, or its verdict was not written yet."""
+    of_run = run.data.tags
+    if tags.get(RUN_ID) == run.info.run_id:
+        return tags.get(VERDICT) != of_run.get(VERDICT)
+    return tags.get(AUDITED_AT, "") < of_run.get(AUDITED_AT, "")
 
 
 def start_sweep(pipeline: Pipeline) -> str:
@@ -114,12 +164,15 @@ def start_sweep(pipeline: Pipeline) -> str:
         StoreError: the store cannot be written.
     """
     with store_errors(f"start the run of the sweep {pipeline.name}"):
+        from mlflow import MlflowClient
+
         client = _client()
         tags = {PIPELINE_TAG: pipeline.name, "mlflow.source.name": "flataudit"}
         if pipeline.tags:
             tags["flataudit.pipeline_tags"] = ", ".join(pipeline.tags)
         experiment = ensure_experiment(EXPERIMENT)
-        run = client.create_run(experiment, tags=tags, run_name=f"sweep {pipeline.name}")
+        # Not tried again: if only the answer was lost, there would be two.
+        run = MlflowClient().create_run(experiment, tags=tags, run_name=f"sweep {pipeline.name}")
         run_id = str(run.info.run_id)
         client.log_dict(run_id, pipeline.to_dict(), "flataudit/pipeline.json")
         return run_id
@@ -265,4 +318,4 @@ def _quoted(text: str) -> str:
 def _client() -> MlflowClient:
     from mlflow import MlflowClient
 
-    return MlflowClient()
+    return patient(MlflowClient())

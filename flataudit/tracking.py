@@ -2,8 +2,10 @@
 
 One audit is one run in the experiment `flataudit`. The model's verdict (version tags and the
 description's block) is written last, after the run is complete, and undone where that fails: a
-failing store leaves the old verdict as it was. Only the client API is used: a run that is active
-in this process, or named by MLFLOW_RUN_ID, is neither resumed nor written to.
+failing store leaves the old verdict as it was. Every call is tried again where its failure may
+pass (`retries`), and every write is idempotent: the same audit, logged again by its id, completes
+the run that it began. Only the client API is used: a run that is active in this process, or named
+by MLFLOW_RUN_ID, is neither resumed nor written to.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import hashlib
 import json
 import math
 import re
-import time
+import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -29,13 +32,14 @@ from flataudit.labels import text_labels
 from flataudit.models.registry import ModelSource
 from flataudit.report import words
 from flataudit.results import to_json
-from flataudit.store import ensure_experiment, scratch_folder, store_errors
+from flataudit.retries import patient, retried
+from flataudit.store import ensure_experiment, one_line, scratch_folder, store_errors
 from flataudit.training import TRAINING_ARTIFACT
 from flataudit.versions import markdown_text, set_verdict, update_model_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Dataset
+    from mlflow.entities import Dataset, Run
 
     from flataudit.training import TrainingRecord
 
@@ -111,6 +115,7 @@ def log_audit(
     duration: float | None = None,
     experiment: str = EXPERIMENT,
     run_tags: Mapping[str, str] | None = None,
+    audit_id: str | None = None,
 ) -> str:
     """Logs a finished audit and sets the model's verdict.
 
@@ -125,6 +130,8 @@ def log_audit(
         experiment: Where the run goes.
         run_tags: More tags of the run, set as it is made: a sweep's `flataudit.audit_key` and
             `mlflow.parentRunId`.
+        audit_id: Of this audit. Where a run with it exists, logging broke off: that run is
+            completed, and nothing in it is logged twice.
 
     Returns:
         The id of the audit run.
@@ -136,16 +143,21 @@ def log_audit(
     options = dict(options or {})
     folder = _rendered(report, display, earlier_audits(source.name))
     metrics = metrics_of(report)
-    with _audit_run(source, options, experiment, run_tags) as (client, run_id, link):
+    with _audit_run(source, options, experiment, run_tags, audit_id) as (client, run, link):
+        run_id = str(run.info.run_id)
         tags, block = tags_of(report, source, run_id), words.description_block(report, link)
-        client.log_artifacts(run_id, folder, ARTIFACTS)
         model_id = logged_model_id(client, source)
-        data = _log_inputs(client, run_id, report["data"], source, options, model_id)
-        _log_metrics(client, run_id, metrics, duration, model_id, data)
-        table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
-        shown = {"mlflow.loggedArtifacts": json.dumps(table), "mlflow.note.content": block}
-        _set_run_tags(client, run_id, tags | _kind_of(report) | shown)
-        client.set_terminated(run_id, "FINISHED")
+        if run.info.status == "FINISHED":  # only the verdict was not written
+            tags = {key: run.data.tags.get(key, value) for key, value in tags.items()}
+            block = run.data.tags.get("mlflow.note.content", block)
+        else:
+            client.log_artifacts(run_id, folder, ARTIFACTS)
+            data = _log_inputs(client, run_id, report["data"], source, options, model_id)
+            _log_metrics(client, run, metrics, duration, model_id, data)
+            table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
+            shown = {"mlflow.loggedArtifacts": json.dumps(table), "mlflow.note.content": block}
+            _set_run_tags(client, run_id, {**(run_tags or {}), **tags, **_kind_of(report), **shown})
+            client.set_terminated(run_id, "FINISHED")
         set_verdict(client, source, model_id, tags, block, clear=_OF_A_REPORT)
     update_model_table(client, source)
     return run_id
@@ -158,19 +170,23 @@ def log_error(
     options: Mapping[str, Any] | None = None,
     experiment: str = EXPERIMENT,
     run_tags: Mapping[str, str] | None = None,
+    audit_id: str | None = None,
 ) -> str | None:
     """Logs an audit that failed or ran past its deadline (exit code 3): verdict `error`.
 
     The run is FAILED and holds `flataudit/error.json`; the numbers of an earlier audit are taken
-    off the model. Bad input (exit code 2) is never logged.
+    off the model. Bad input (exit code 2) is never logged. audit_id: as for `log_audit`; an error
+    never goes into the run of a result.
 
     Returns:
         The id of the run; None where the store failed too, which leaves the old verdict.
     """
     options = dict(options or {})
     found = {"error": error, "model": source.report_fields(), "options": _params(options)}
+    own = audit_id and f"{audit_id}-error"
     try:
-        with _audit_run(source, options, experiment, run_tags) as (client, run_id, link):
+        with _audit_run(source, options, experiment, run_tags, own) as (client, run, link):
+            run_id = str(run.info.run_id)
             client.log_dict(run_id, found, f"{ARTIFACTS}/error.json")
             tags = {**_bound_to(source, run_id), VERDICT: "error"}
             block = f"**flataudit: error.** The audit failed: {markdown_text(error)}"
@@ -212,13 +228,14 @@ def log_evaluation(
         from mlflow import MlflowClient
         from mlflow.entities import Dataset
 
-        client = MlflowClient()
+        client = patient(MlflowClient())
         client.log_artifacts(run_id, str(folder), ARTIFACTS)
         _log_inputs(client, run_id, report["data"], source, {"train": train}, None)
         if data is not None:
             model_id = logged_model_id(client, source)
             known = Dataset(*data, "code", "{}")
-            _log_metrics(client, run_id, metrics_of(report), None, model_id, known)
+            run = client.get_run(run_id)
+            _log_metrics(client, run, metrics_of(report), None, model_id, known)
         where = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
     return folder, f"{where}/{ARTIFACTS}"
 
@@ -291,24 +308,54 @@ def _audit_run(
     options: Mapping[str, Any],
     experiment: str,
     more_tags: Mapping[str, str] | None,
-) -> Iterator[tuple[MlflowClient, str, str]]:
-    """A client, a new run's id and its link inside the MLflow UI; FAILED where the block fails."""
+    audit_id: str | None,
+) -> Iterator[tuple[MlflowClient, Run, str]]:
+    """A client, the audit's run and its link inside the MLflow UI; FAILED where the block fails."""
     with store_errors(f"log the audit of {source.uri}"):
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        experiment_id = ensure_experiment(experiment)
+        experiment_id = retried(lambda: ensure_experiment(experiment))
         client = MlflowClient()
         name = f"{source.name} v{source.version}" if source.name else Path(source.uri).name
         tags = {**(more_tags or {}), URI_TAG: source.uri, "mlflow.source.name": "flataudit"}
-        run_id = client.create_run(experiment_id, tags=tags, run_name=f"audit {name}").info.run_id
+        tags[keys.AUDIT_ID] = audit_id or uuid.uuid4().hex
+        run = _own_run(client, experiment_id, tags, f"audit {name}")
+        run_id, client = run.info.run_id, patient(client)
         try:
-            client.log_batch(run_id, params=[Param(k, v) for k, v in _params(options).items()])
-            yield client, run_id, f"#/experiments/{experiment_id}/runs/{run_id}"
+            known = run.data.params
+            params = [Param(k, v) for k, v in _params(options).items() if k not in known]
+            client.log_batch(run_id, params=params)
+            yield client, run, f"#/experiments/{experiment_id}/runs/{run_id}"
         except BaseException:
             with suppress(Exception):
                 client.set_terminated(run_id, "FAILED")
             raise
+
+
+def _own_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str], name: str) -> Run:
+    """The one run with the audit id among `tags`: an earlier try's, else a new one.
+
+    Runs are made without a key of the client's own, so that a try whose answer was lost, here or
+    inside MLflow's HTTP client, leaves a run behind: after making one it is looked whether there
+    are more, and all keep the same.
+    """
+
+    def known() -> list[Run]:
+        query = f"tags.`{keys.AUDIT_ID}` = '{tags[keys.AUDIT_ID]}'"
+        runs = list(client.search_runs([experiment_id], query))
+        return sorted(
+            runs, key=lambda r: (r.info.status != "FINISHED", r.info.start_time, r.info.run_id)
+        )
+
+    def make() -> list[Run]:
+        return known() or [client.create_run(experiment_id, tags=dict(tags), run_name=name)]
+
+    made = retried(make)
+    kept, *others = retried(known) or made
+    for run in others:
+        retried(lambda of=run.info.run_id: client.delete_run(of))  # type: ignore[misc]
+    return kept
 
 
 def _rendered(
@@ -320,13 +367,23 @@ def _rendered(
     rows = display.get("influence") or []
     columns = list(rows[0]) if rows else []
     table = {"columns": columns, "data": [[row[name] for name in columns] for row in rows]}
-    folder = Path(scratch_folder())
-    (folder / "report.html").write_text(html.render(report, display, history), encoding="utf-8")
-    (folder / "reliability.png").write_bytes(figures.reliability_png(report, display))
-    (folder / "spectrum.png").write_bytes(figures.spectrum_png(report, display))
+    files: dict[str, bytes] = {
+        "report.html": html.render(report, display, history).encode(),
+        "reliability.png": figures.reliability_png(report, display),
+        "spectrum.png": figures.spectrum_png(report, display),
+    }
     for name, value in (("report", report), ("influence", table)):
         text = json.dumps(to_json(value), indent=1, allow_nan=False)
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        files[f"{name}.json"] = text.encode()
+    try:
+        folder = Path(scratch_folder())
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise StoreError(
+            f"could not write the report's files to {tempfile.gettempdir()}: {one_line(error)};"
+            " make room there, or let TMPDIR name another folder"
+        ) from error
     return str(folder)
 
 
@@ -351,7 +408,9 @@ def _log_inputs(
 
     spec = str(options.get("train") or "train")
     sha = str(data["sha256"])
-    train = training_input(source).dataset if spec == "mlflow" else _dataset(spec, sha)
+    train = (
+        retried(lambda: training_input(source)).dataset if spec == "mlflow" else _dataset(spec, sha)
+    )
     tags = [InputTag("mlflow.data.context", CONTEXTS[0]), InputTag("sha256", sha)]
     inputs = [DatasetInput(train, tags)]
     heldout = options.get("heldout")
@@ -376,20 +435,24 @@ def _dataset(spec: str, sha: str) -> Dataset:
 
 def _log_metrics(
     client: MlflowClient,
-    run_id: str,
+    run: Run,
     metrics: Mapping[str, float],
     duration: float | None,
     model_id: str | None,
     data: Dataset,
 ) -> None:
-    """One batch: each metric on the run and, by model_id, on the logged model."""
+    """One batch: each metric on the run and, by model_id, on the logged model.
+
+    MLflow keeps a metric once that is logged again with the same time: the run's start.
+    """
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    run_id, then = run.info.run_id, run.info.start_time
     known = {"model_id": model_id, "dataset_name": data.name, "dataset_digest": data.digest}
-    batch = [Metric(key, value, now, 0, run_id=run_id, **known) for key, value in metrics.items()]
-    if duration is not None and math.isfinite(duration):
-        batch.append(Metric(DURATION, duration, now, 0))
+    batch = [Metric(key, value, then, 0, run_id=run_id, **known) for key, value in metrics.items()]
+    seconds = run.data.metrics.get(DURATION, duration)
+    if seconds is not None and math.isfinite(seconds):
+        batch.append(Metric(DURATION, seconds, then, 0))
     client.log_batch(run_id, metrics=batch)
 
 

@@ -98,11 +98,21 @@ def set_verdict(
         stale = {key: before[key] for key in clear if key in before and key not in tags}
         try:
             for key in stale:
-                client.delete_logged_model_tag(model_id, key)
+                _delete_model_tag(client, model_id, key)
             client.set_logged_model_tags(model_id, dict(tags))  # all in one call
         except BaseException:
             with suppress(Exception):
                 client.set_logged_model_tags(model_id, stale)
+            raise
+
+
+def _delete_model_tag(client: MlflowClient, model_id: str, key: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_logged_model_tag(model_id, key)
+    except MlflowException as error:  # gone already, in a try whose answer was lost
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
 
 

@@ -119,7 +119,8 @@ def _audited_or_skipped(uri: str, asked: Pipeline, parent_run_id: str) -> Json:
     if done is not None:
         return _row(uri, "skipped", **sweeps.recorded(done))
     tags = {KEY_TAG: key, sweeps.PIPELINE_TAG: asked.name, sweeps.PARENT_TAG: parent_run_id}
-    loaded = loaded | {"run_tags": tags}
+    begun = sweeps.broken_off(key, source)
+    loaded = loaded | {"run_tags": tags, "audit_id": begun or loaded["audit_id"]}
 
     def log(loaded: Json, result: Json, options: Json) -> str:
         # A kept estimate may be of another version with the same weights.

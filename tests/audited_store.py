@@ -125,14 +125,21 @@ def _resolved(name: str, version: Any) -> ModelSource:
     return resolve(f"models:/{name}/{version}")
 
 
-def log_report(source: ModelSource, report: Mapping[str, Any], **options: Any) -> str:
+def log_report(
+    source: ModelSource,
+    report: Mapping[str, Any],
+    *,
+    run_tags: Mapping[str, str] | None = None,
+    **options: Any,
+) -> str:
     """Logs a made-up report as an audit of this model: everything but the pictures."""
     report = json.loads(json.dumps({**report, "model": {**report["model"],
                                                         **source.report_fields()}}))  # fmt: skip
     folder = Path(scratch_folder())
     (folder / Path(keys.REPORT).name).write_text(json.dumps(to_json(report)))
     with mock.patch.object(tracking, "_rendered", return_value=str(folder)):
-        return tracking.log_audit(report, {}, source, options={"train": "train.npz", **options})
+        options = {"train": "train.npz", **options}
+        return tracking.log_audit(report, {}, source, options=options, run_tags=run_tags)
 
 
 def backdate(run_id: str, audited_at: str) -> None:

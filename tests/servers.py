@@ -83,6 +83,13 @@ def postgresql() -> Iterator[str]:
 def mlflow_server(database: str, folder: Path) -> Iterator[str]:
     """An MLflow server on `database` that serves the artifacts in `folder`; its URL."""
     port = free_port()
+    with mlflow_process(database, folder, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def mlflow_process(database: str, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The same by its process, which may be killed and be started again on that port."""
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database,
@@ -101,7 +108,27 @@ def mlflow_server(database: str, folder: Path) -> Iterator[str]:
     log = folder / "server.log"
     with _process(command, log=log, cwd=folder, env=env) as process:
         _wait(process, lambda: _healthy(f"{url}/health"), log)
-        yield url
+        yield process
+
+
+@contextmanager
+def prefect_process(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A Prefect server with its database in `home`; its API is at /api on that port."""
+    command = [
+        sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1",
+        "--port", str(port), "--no-ui",
+    ]  # fmt: skip
+    env = environment(PREFECT_HOME=str(home), PREFECT_SERVER_ANALYTICS_ENABLED="false")
+    log = home / "server.log"
+    with _process(command, log=log, cwd=home, env=env) as process:
+        _wait(process, lambda: _healthy(f"http://127.0.0.1:{port}/api/health"), log)
+        yield process
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 of a server and of its own children, which would keep its port."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextmanager
@@ -157,7 +184,8 @@ def _process(
         try:
             yield process
         finally:
-            process.send_signal(end)
+            with suppress(ProcessLookupError):
+                process.send_signal(end)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             with suppress(ProcessLookupError):

@@ -66,7 +66,7 @@ def test_every_stage_gives_plain_json(models):
     assert plain(values)
     loaded = through_json(stages.load("models:/good@champion", "mlflow", models.heldout, values))
     assert plain(loaded)
-    assert set(loaded) == {"source", "train", "heldout", "training", "seconds"}
+    assert set(loaded) == {"audit_id", "source", "train", "heldout", "training", "seconds"}
     assert loaded["source"]["uri"] == "models:/good/1"  # the alias may move; the version cannot
     result = through_json(stages.estimate(loaded, values))
     assert plain(result)

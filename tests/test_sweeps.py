@@ -11,7 +11,7 @@ from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError
 from flataudit.models.registry import resolve
 from flataudit.pipeline import Models, make_pipeline
-from flataudit.store import use_tracking
+from flataudit.store import embedded_store, use_tracking
 from flataudit.sweeps import select_versions
 from tests.sweep_store import HEALTHY, make_fleet, make_registry, table
 
@@ -201,3 +201,33 @@ def test_the_run_of_a_sweep(client, fleet):
     assert note[2] == "| n | failed | expected / got |  |"  # the failed first
     assert note[-1] == "17 more in flataudit/sweep.json."
     assert table(client, run_id) == rows
+
+
+# --- an audit whose logging broke off -----------------------------------------------------------
+
+
+def test_what_broke_off_is_completed(tmp_path):
+    """The newest run of a version, if it has the key and the version not its verdict."""
+    from tests.audited_store import log_report, make_report, pointed_at, register
+
+    with pointed_at(embedded_store(tmp_path / "store")):
+        client = MlflowClient()
+        source = register("net")
+        report = make_report()
+        tags = {"run_tags": {"flataudit.audit_key": "k" * 64}}
+        assert sweeps.broken_off("k" * 64, source) is None
+        run_id = log_report(source, report, **tags)
+        audit_id = client.get_run(run_id).data.tags["flataudit.audit_id"]
+        assert sweeps.broken_off("k" * 64, source) is None
+        assert sweeps.audited_run("k" * 64, source) == run_id
+
+        client.set_model_version_tag("net", "1", "flataudit.verdict", "warn")  # all but the last
+        assert sweeps.audited_run("k" * 64, source) is None
+        assert sweeps.broken_off("k" * 64, source) == audit_id
+        client.set_model_version_tag("net", "1", "flataudit.verdict", "pass")
+        for status in ("RUNNING", "FAILED"):
+            client.update_run(run_id, status)
+            assert sweeps.broken_off("k" * 64, source) == audit_id
+            assert sweeps.broken_off("l" * 64, source) is None
+        log_report(source, report)  # by hand, since then
+        assert sweeps.broken_off("k" * 64, source) is None

@@ -88,6 +88,11 @@ _WARNINGS: Mapping[str, tuple[str, str, str]] = {
         "Trust the measurement, and do not rely on the prediction for this model.",
         "Check that the held-out data come from the same source as the training data.",
     ),
+    "gap_regressed": (
+        "The gap rose since the last audit",
+        "Compare this audit with the last one (flataudit compare) before the version is used.",
+        "Fewer data, less decay or longer training raise the gap; other data change it as well.",
+    ),
     "outside_theory": (
         "Partly outside what the theory covers",
         "Treat the number as a rough indication and confirm it on held-out data.",
