@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.zoo.data import Pool, Unavailable
 from benchmarks.zoo.draw import Drawn, draw
@@ -45,7 +46,7 @@ from benchmarks.zoo.store import (
     write_row,
 )
 from flataudit import AuditReport, FlatauditError, audit
-from flataudit.families import log_probabilities, make_family
+from flataudit.families import Family, log_probabilities, make_family
 from flataudit.models.sklearn import as_network
 
 Json = dict[str, Any]
@@ -183,15 +184,10 @@ def with_heldout(
 
 def truth(model: Any, train: Any, test: Any, family: str, report: AuditReport) -> Json:
     """The gap on the test pool with its standard error, accuracy and mean confidence there."""
-    subject = as_network(model, train, test, family)
-    x, y = (torch.as_tensor(np.asarray(part)) for part in subject.heldout)
-    network = copy.deepcopy(subject.model).double().eval()
-    with torch.no_grad():
-        outputs = torch.cat([network(part) for part in x.double().split(1000)])
     dispersion = 1.0 if report.dispersion is None else report.dispersion.value
+    outputs, y = outputs_of(model, test, train, family)
     likelihood = make_family(report.family, y, outputs.shape[1], dispersion)
-    y = likelihood.check(y, outputs.shape[1])
-    nll = likelihood.nll(outputs, y)
+    nll = likelihood.nll(outputs, likelihood.check(y, outputs.shape[1]))
     row: Json = {
         "gap": float(nll.mean()) - report.train.nll,
         "gap_se": float(nll.std(correction=1)) / math.sqrt(len(nll)),
@@ -202,6 +198,21 @@ def truth(model: Any, train: Any, test: Any, family: str, report: AuditReport) -
         row["test_accuracy"] = float((top == y.reshape(-1)).double().mean())
         row["test_mean_confidence"] = float(confidence.mean())
     return row
+
+
+def nll_of(model: Any, data: Any, train: Any, family: str, likelihood: Family) -> Any:
+    """The NLL of each sample of `data` under a model fitted to `train`, (m,)."""
+    outputs, y = outputs_of(model, data, train, family)
+    return likelihood.nll(outputs, likelihood.check(y, outputs.shape[1])).numpy()
+
+
+def outputs_of(model: Any, data: Any, train: Any, family: str) -> tuple[Tensor, Tensor]:
+    """The outputs in float64 (an estimator's: of its twin) and the targets as the twin has them."""
+    subject = as_network(model, train, data, family)
+    x, y = (torch.as_tensor(np.asarray(part)) for part in subject.heldout)
+    network = copy.deepcopy(subject.model).double().eval()
+    with torch.no_grad():
+        return torch.cat([network(part) for part in x.double().split(1000)]), y
 
 
 def attempt(run: Callable[[], AuditReport]) -> tuple[AuditReport | None, str | None]:
@@ -302,10 +313,13 @@ def collect(rows: list[Json], path: Path) -> None:
                                                   b"flataudit.zoo": text.encode()}), path)  # fmt: skip
 
 
-def _after(given: argparse.Namespace) -> None:
+def write_results(given: argparse.Namespace) -> None:
+    """Joins what was measured with the baselines; the whole grid's parquet is the committed one."""
     from benchmarks.zoo.command import chosen
 
-    rows = read_rows(given.store, KIND, chosen(given))
+    cells = chosen(given)
+    rivals = {row["name"]: row for row in read_rows(given.store, "baselines", cells)}
+    rows = [row | rivals.get(row["name"], {}) for row in read_rows(given.store, KIND, cells)]
     path = RESULTS if not (given.quick or given.only) else given.store / "results.parquet"
     if rows:
         collect(rows, path)
@@ -315,4 +329,4 @@ def _after(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     from benchmarks.zoo.command import main
 
-    main(__doc__, "benchmarks.zoo.measure:measure_cell", _after)
+    main(__doc__, "benchmarks.zoo.measure:measure_cell", write_results)
