@@ -1,0 +1,230 @@
+"""Scores every estimate, rule and baseline against the true gaps, overall and by regime.
+
+    python -m benchmarks.zoo.scores [RESULTS.parquet] [--out scores.json] [--draws 200]
+
+Values come with a 90 % interval from resampling groups of models that share training samples.
+Measures that are no gap (norms, sharpness) are scored by their order alone. A model for which an
+estimate does not exist is left out of that estimate's scores; n says how many were in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from benchmarks.zoo import statistics as s
+from benchmarks.zoo.grid import HYPERPARAMETERS, differ_in_one
+from benchmarks.zoo.rules import ESTIMATES, RULES, number, regimes
+
+Json = dict[str, Any]
+HERE = Path(__file__).parent
+SOURCES = ("record", "decay", "evidence")
+GAPS = (
+    *(f"{source}_{name}" for source in SOURCES for name in ESTIMATES),
+    *RULES, "held_gap", "cv_gap", "aic", "waic",
+)  # fmt: skip
+ORDERS = (
+    "hessian_trace", "hessian_top", "trace_ratio", "sam", "path_norm", "parameter_norm",
+    "n_params",
+)  # fmt: skip
+LEVEL = 0.9
+FEWEST = 5  # models that a score needs
+FEWEST_PER_TASK = 8  # models that PGDL's score needs of a task
+
+
+def score(rows: Sequence[Mapping[str, Any]], name: str, *, draws: int = 200) -> Json | None:
+    """All scores of one column of `rows`; None where fewer than FEWEST models have it."""
+    rows = [row for row in rows if number(row, name) is not None and number(row, "gap") is not None]
+    if len(rows) < FEWEST:
+        return None
+    estimate, gap, se, floor = (
+        np.array([number(row, key) or 0.0 for row in rows])
+        for key in (name, "gap", "gap_se", "floor")
+    )
+    groups = [str(row["group"]) for row in rows]
+
+    def bounded(measure: s.Score) -> Json:
+        low, high = s.bootstrap(measure, groups, draws=draws, level=LEVEL)
+        ones = np.ones(len(rows))
+        return {"value": _null(measure(ones)), "low": _null(low), "high": _null(high)}
+
+    pairs = one_apart(rows)
+    # Training samples are shared within a group; what differs in truth is known to gap_se.
+    signs = s.sign_accuracy(estimate, gap, se, pairs)
+    found: Json = {
+        "n": len(rows),
+        "kendall": bounded(lambda w: s.kendall(estimate, gap, w)),
+        "spearman": bounded(lambda w: s.spearman(estimate, gap, w)),
+        "sign": bounded(lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("all", math.nan)),
+        "sign_worst": bounded(
+            lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("worst", math.nan)
+        ),
+        "sign_by_hyperparameter": signs,
+        "n_pairs": len(pairs),
+        "information": information(rows, estimate, gap, draws),
+    }
+    if name in GAPS:
+        errors = s.log_errors(estimate, gap)
+        beyond = s.excess(errors, gap, floor)
+        for key, values in (("error", errors), ("excess", beyond)):
+            for label, q in (("median", 0.5), ("p90", 0.9)):
+                found[f"{key}_{label}"] = bounded(lambda w, v=values, q=q: s.quantile(v, q, w))
+        ends = interval(rows, name)
+        if ends is not None:
+            found["coverage"] = bounded(lambda w: s.coverage(*ends, gap, w))
+    return found
+
+
+def one_apart(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
+    """Pairs of a group's models that differ in one hyper-parameter: (i, j, its name)."""
+    found = []
+    for i, first in enumerate(rows):
+        for j in range(i):
+            name = differ_in_one(first, rows[j])
+            if name is not None:
+                found.append((i, j, name))
+    return found
+
+
+def information(
+    rows: Sequence[Mapping[str, Any]], estimate: s.Floats, gap: s.Floats, draws: int
+) -> Json:
+    """PGDL's score, the mean over tasks: the groups with at least FEWEST_PER_TASK models."""
+    groups = np.array([str(row["group"]) for row in rows])
+    values = []
+    for group in np.unique(groups):
+        at = np.flatnonzero(groups == group)
+        if len(at) < FEWEST_PER_TASK:
+            continue
+        varied = {
+            key: [rows[i][key] for i in at]
+            for key in HYPERPARAMETERS
+            if len({str(rows[i][key]) for i in at}) > 1
+        }
+        value = s.conditional_information(estimate[at], gap[at], varied)
+        if not math.isnan(value):
+            values.append(value)
+    if not values:
+        return {"value": None, "low": None, "high": None, "tasks": 0}
+    array = np.array(values)
+    low, high = s.bootstrap(
+        lambda w: float((w * array).sum() / w.sum()), [str(i) for i in range(len(array))],
+        draws=draws, level=LEVEL,
+    )  # fmt: skip
+    return {"value": float(array.mean()), "low": _null(low), "high": _null(high), "tasks": len(array)}
+
+
+def interval(
+    rows: Sequence[Mapping[str, Any]], name: str
+) -> tuple[list[float], list[float]] | None:
+    """The estimate's 90 % intervals: the audit's own, or +- 1.645 standard errors."""
+    own = {"rule_audit_loo": "by_loo", "rule_audit_heldout": "by_heldout"}.get(name)
+    if own is not None:
+        keys = (f"{own}_low", f"{own}_high")
+        ends = [[number(row, key) for row in rows] for key in keys]
+    else:
+        z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+        ends = [[], []]
+        for row in rows:
+            value, se = number(row, name), number(row, f"{name}_se")
+            for part, sign in zip(ends, (-1, 1), strict=True):
+                part.append(None if value is None or se is None else value + sign * z * se)
+    if any(end is None for part in ends for end in part):
+        return None
+    low, high = ends
+    return low, high  # type: ignore[return-value]  # no None is left
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> Json:
+    """Median absolute errors of the predicted accuracy and confidence gap, in points of 100."""
+    found: Json = {}
+    for source in SOURCES:
+        accuracy, confidence = [], []
+        for row in rows:
+            told, sure = number(row, f"{source}_accuracy"), number(row, f"{source}_mean_confidence")
+            true, held = number(row, "test_accuracy"), number(row, "test_mean_confidence")
+            if None in (told, sure, true, held):
+                continue
+            accuracy.append(100 * abs(told - true))  # type: ignore[operator]
+            confidence.append(100 * abs((sure - told) - (held - true)))  # type: ignore[operator]
+        found[source] = {
+            "n": len(accuracy),
+            "accuracy": _null(s.quantile(accuracy, 0.5)),
+            "confidence_gap": _null(s.quantile(confidence, 0.5)),
+        }
+    return found
+
+
+def with_rules(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """The rows with a column for each rule."""
+    return [dict(row) | {name: rule(row) for name, rule in RULES.items()} for row in rows]
+
+
+def all_scores(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:
+    """{regime: {n, accuracies, scores: {column: scores}}}."""
+    rows = with_rules(rows)
+    names = list(dict.fromkeys(regime for row in rows for regime in regimes(row)))
+    found: Json = {}
+    for regime in names:
+        of = [row for row in rows if regime in regimes(row)]
+        scores = {name: score(of, name, draws=draws) for name in (*GAPS, *ORDERS)}
+        found[regime] = {
+            "n": len(of),
+            "accuracies": accuracies(of),
+            "scores": {name: value for name, value in scores.items() if value is not None},
+        }
+    return found
+
+
+def table(found: Json, regime: str = "all") -> str:
+    """A regime's scores as text, in the order of the median error, orders last."""
+    heads = ("kendall", "sign", "sign_worst", "information", "error_median", "error_p90",
+             "excess_median", "excess_p90", "coverage")  # fmt: skip
+    lines = [f"{'':32}{'n':>5}" + "".join(f"{head:>15}" for head in heads)]
+
+    def key(item: tuple[str, Json]) -> float:
+        value = item[1].get("error_median", {}).get("value")
+        return math.inf if value is None else float(value)
+
+    for name, scores in sorted(found[regime]["scores"].items(), key=key):
+        values = [scores.get(head, {}).get("value") for head in heads]
+        cells = "".join(f"{'' if v is None else format(v, '.3f'):>15}" for v in values)
+        lines.append(f"{name:32}{scores['n']:>5}{cells}")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Json]:
+    """The rows of a parquet, missing values as None."""
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(path).to_pylist())
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("results", type=Path, nargs="?", default=HERE / "results.parquet")
+    arguments.add_argument("--out", type=Path, help="default: scores.json beside the results")
+    arguments.add_argument("--draws", type=int, default=200, help="of the bootstrap")
+    given = arguments.parse_args()
+    found = all_scores(read(given.results), draws=given.draws)
+    out = given.out or given.results.with_name("scores.json")
+    out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for regime in found:
+        print(f"\n{regime}: {found[regime]['n']} models\n{table(found, regime)}")
+
+
+def _null(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main()
