@@ -152,7 +152,8 @@ def test_past_the_deadline_before_it_has_begun(tmp_path):
     """While the server still imports, which counts: and then the function does not run at all."""
     (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(1.5)\n")
     code = (
-        "import sys, time, pathlib\n"
+        "import pathlib, sys\n"
+        "sys.path.insert(0, str(pathlib.Path.cwd()))\n"  # the server imports from there as well
         "from flataudit import isolation\n"
         "try:\n"
         "    isolation.run('tests.isolated_jobs:hang', 'pids', deadline=0.3,\n"
