@@ -1,5 +1,6 @@
 """`flataudit run --dry-run`: the plan of each version, of the examples and of failures."""
 
+import importlib
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ import sys
 import mlflow
 import pytest
 
-from flataudit import cli, planning
+from flataudit import cli, planning, stages
 from flataudit.models import registry
 from flataudit.store import embedded_store
 from tests.shells import ROOT, content, make_models
@@ -86,6 +87,12 @@ def test_weights_are_loaded_once_and_nothing_is_written(run, monkeypatch, tmp_pa
     before, loads = content(models), []
     real = registry.load_model
     monkeypatch.setattr(registry, "load_model", lambda s: loads.append(s.uri) or real(s))
+
+    def in_this_process(function, request, *_, **__):
+        module, _, name = function.partition(":")
+        return getattr(importlib.import_module(module), name)(request, print)
+
+    monkeypatch.setattr(stages, "in_child", in_this_process)
     path = tmp_path / "good.yaml"
     path.write_text("name: good\nmodel: {name: good, select: all}\ndata: {train: mlflow}\n")
     code, _, err = run(path, "--dry-run")
