@@ -32,16 +32,16 @@ _ROUNDS = 20  # of writing the table, where other audits end at the same time
 
 log = logging.getLogger(__name__)
 
-# The words that a block may begin with stand before its first marker: the UI's lists show the
-# beginning of a description as it is.
-_LEAD = rf"\**flataudit: (?:pass|warn|fail|error|{TITLE.strip('*').partition(': ')[2]})\.?\**"
-_BLOCK = re.compile(rf"(?:{_LEAD}\s*)?{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
+# A block's first line, where it has a title, stands before the first marker: the UI's lists show
+# the beginning of a description as it is.
+_TITLE = rf"\**flataudit: (?:pass|warn|fail|error|{TITLE.strip('*').partition(': ')[2]})\b"
+_BLOCK = re.compile(rf"(?:{_TITLE}(?:\.?\**\s*|[^\n]*?))?{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 
 
 def merge_description(old: str | None, block: str) -> str:
     """A description with flataudit's own block replaced, or added at its end.
 
-    Whatever stands outside the markers stays, but for the title before the first one; a marker
+    Whatever stands outside the markers stays, but for the first line of the block; a marker
     without its partner is dropped.
 
     >>> text = merge_description("Churn model.", "pass")
@@ -49,10 +49,10 @@ def merge_description(old: str | None, block: str) -> str:
     ['warn', '<!-- flataudit:end --> Ask Ann.']
     """
     block = _unmarked(block)
-    lead = re.match(_LEAD, block)
     ours = f"{BEGIN}\n{block}\n{END}"
-    if lead:
-        ours = f"{lead[0]}{BEGIN}{block[lead.end() :]}\n{END}"
+    if re.match(_TITLE, block):
+        line, _, more = block.partition("\n")
+        ours = f"{line}{BEGIN}\n{more}\n{END}"
     first, *rest = _BLOCK.split(old or "") or [""]
     others = [_unmarked(part) for part in rest]
     if others:

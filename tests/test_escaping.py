@@ -127,7 +127,8 @@ def test_the_terminal_gets_no_control_characters(audited):
 def test_the_description_keeps_what_people_wrote_and_adds_no_name(audited):
     name, _ = audited
     description = MlflowClient().get_model_version(name, "1").description
-    before, _, block = description.partition(BEGIN)
+    before, title, block = description.partition("**flataudit: ")
+    assert title
     assert before.strip() == f"By hand: {HTML}"
     assert END in block
     assert "<img" not in block
@@ -143,8 +144,9 @@ def test_a_failure_s_words_are_escaped_in_the_description(audited, kind):
     error = DeadlineError(f"expected {NAMES[kind]} http://evil.example {END}")
     assert tracking.log_error(source, str(error)) is not None
     description = MlflowClient().get_model_version(name, "1").description
-    block = description.partition(BEGIN)[2].partition(END)[0]
-    words = block.partition("The audit failed: ")[2].partition("\n")[0]
+    words = description.partition("The audit failed: ")[2].partition(BEGIN)[0]
+    assert words.strip()
+    assert "\n" not in words
     assert not re.search(r"(?<!\\)[\[\]`*|#]", words.replace("&#8203;", ""))
     assert "<" not in words
     assert "http:" not in words

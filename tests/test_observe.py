@@ -118,6 +118,7 @@ def test_measure_is_json_in_json_out(client, models):
     uri, _, _ = audited(client, models, "plain")
     report = read_report(required_audit(identify(uri)))
     request = {"source": resolve(uri).to_dict(), "heldout": models.heldout, "target": None,
-               "family": report["family"], "dispersion": None, "device": "cpu"}  # fmt: skip
+               "family": report["family"], "dispersion": None, "device": "cpu",
+               "tracking_uri": models.uri}  # fmt: skip
     found = measure_here(json.loads(json.dumps(request)))
     assert json.loads(json.dumps(found, allow_nan=False)) == found

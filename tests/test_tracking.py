@@ -161,8 +161,7 @@ def test_the_version_s_tags_and_description(client, version, audited):
     }
     experiment = client.get_run(run_id).info.experiment_id
     block = words.description_block(report, f"#/experiments/{experiment}/runs/{run_id}")
-    title, first = block.split("**")[1:]
-    shown = f"**{title}**{BEGIN}{first}"  # the UI's list of versions begins with the verdict
+    shown = block.replace("\n", f"{BEGIN}\n", 1)  # the UI's list of versions shows the beginning
     assert found.description == f"Digits, for the sorter.\n\n{shown}\n{END}"
 
 
@@ -177,7 +176,7 @@ def test_a_second_audit_replaces_its_own_words_only(client, version, audited):
     client.set_model_version_tag(name, number, "owner", "Ann")
     second = tracking.log_audit(report, display, source)
     found = client.get_model_version(name, number)
-    assert found.description.startswith(f"Before.\n**flataudit: {words.verdict(report)}.**{BEGIN} ")
+    assert found.description.startswith(f"Before.\n**flataudit: {words.verdict(report)}.** Expect")
     assert found.description.endswith(f"{END}\nAsk Ann.")
     assert found.description.count(BEGIN) == 1
     assert second in found.description
@@ -446,7 +445,7 @@ def test_an_error_replaces_an_earlier_report(client, version, audited):
     assert after.tags["flataudit.verdict"] == "error"
     assert after.tags["flataudit.run_id"] == run_id
     assert after.description.startswith(
-        f"Digits, for the sorter.\n\n**flataudit: error.**{BEGIN} The audit failed: ran past"
+        "Digits, for the sorter.\n\n**flataudit: error.** The audit failed: ran past"
     )
     assert run_id in after.description
 
@@ -499,17 +498,18 @@ def test_merged_descriptions(old, expected):
     "old",
     [
         f"{BEGIN}\n**flataudit: pass.** as older versions wrote it\n{END}",
-        f"**flataudit: warn.**{BEGIN} words\n\n- more\n{END}",
+        f"**flataudit: warn.** Expect a loss.{BEGIN}\n\n- more\n{END}",
+        f"**flataudit: warn.** Edited by people. {BEGIN} - more\n{END}",
         f"flataudit: warn. \n{BEGIN} edited by people\n{END}",
         f"**flataudit: latest audit of each version**{BEGIN}\n\n| a |\n{END}",
     ],
 )
 @pytest.mark.parametrize(
-    "before", ["", "Ask Ann.\n", "flataudit: see the wiki\n\n", "**flataudit:** "]
+    "before", ["", "Ask Ann.\n", "flataudit: pass is what I expect\n\n", "**flataudit:** "]
 )
-def test_a_block_s_title_stands_before_its_marker_and_is_replaced_with_it(old, before):
+def test_a_block_s_first_line_stands_before_its_marker_and_is_replaced_with_it(old, before):
     merged = merge_description(f"{before}{old}\nBye.", "**flataudit: fail.** Do not.\n\n- a")
-    assert merged == f"{before}**flataudit: fail.**{BEGIN} Do not.\n\n- a\n{END}\nBye."
+    assert merged == f"{before}**flataudit: fail.** Do not.{BEGIN}\n\n- a\n{END}\nBye."
 
 
 def test_a_block_cannot_break_out_of_its_markers():

@@ -139,13 +139,20 @@ def _flags(text: str) -> Any:
 
 def _steps(report: dict[str, Any]) -> list[str]:
     """Up to three things to do, from the warnings above info; what a pass means otherwise."""
-    found = [words.first_step(w["code"]) for w in words.sorted_warnings(report) if _above_info(w)]
+    measured = report["heldout"] is not None
+    found = [
+        words.first_step(w["code"], measured=measured)
+        for w in words.sorted_warnings(report)
+        if _above_info(w)
+    ]
     if found:
         return found[:3]
     if words.verdict(report) == "pass":
         return ["Expect this loss on new data drawn like the training data; drift is not covered."]
     if report["penalty"]["source"] == "evidence":
         return [words.first_step("penalty_unknown")]
+    if measured:
+        return ["Compare the prediction with the loss measured on the held-out data."]
     return ["Confirm the prediction on held-out data (--heldout)."]
 
 
@@ -401,7 +408,7 @@ def _warning_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {"code": w["code"], "title": words.warning_title(w["code"]), "severity": w["severity"],
          "word": _SEVERITY_WORDS.get(w["severity"], w["severity"]), "message": w["message"],
-         "remedy": words.remedy(w["code"])}
+         "remedy": words.remedy(w["code"], measured=report["heldout"] is not None)}
         for w in words.sorted_warnings(report)
     ]  # fmt: skip
 

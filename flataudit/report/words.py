@@ -99,6 +99,17 @@ _WARNINGS: Mapping[str, tuple[str, str, str]] = {
         "The message names the part of the model, its training or its data that is not covered.",
     ),
 }
+# The same where held-out data were given: (what to do first, what else helps)
+_MEASURED: Mapping[str, tuple[str, str]] = {
+    "overconfident": (
+        "Fit a temperature on held-out data before its probabilities are used.",
+        "More decay, fewer epochs or more data help too.",
+    ),
+    "train_saturated": (
+        "Trust the measurement on held-out data, or audit an earlier checkpoint.",
+        "The training loss is so small that its derivatives no longer say anything about the gap.",
+    ),
+}
 WARNING_CODES: tuple[str, ...] = tuple(_WARNINGS)
 
 ESTIMATORS: Mapping[str, tuple[str, str]] = {
@@ -215,13 +226,20 @@ def sorted_warnings(report: Report) -> list[dict[str, Any]]:
     return sorted(report["warnings"], key=lambda w: -_rank(w["severity"]))
 
 
-def remedy(code: str) -> str:
-    """What to do about a warning; a general hint for a code this version does not know."""
+def remedy(code: str, *, measured: bool = False) -> str:
+    """What to do about a warning; a general hint for a code this version does not know.
+
+    measured: held-out data were given, so that to ask for them is no remedy.
+    """
+    if measured and code in _MEASURED:
+        return " ".join(_MEASURED[code])
     return " ".join(_WARNINGS[code][1:]) if code in _WARNINGS else _UNKNOWN_REMEDY
 
 
-def first_step(code: str) -> str:
+def first_step(code: str, *, measured: bool = False) -> str:
     """The first sentence of `remedy`: the thing to do now."""
+    if measured and code in _MEASURED:
+        return _MEASURED[code][0]
     return _WARNINGS[code][1] if code in _WARNINGS else _UNKNOWN_REMEDY
 
 

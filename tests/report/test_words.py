@@ -57,6 +57,10 @@ def test_every_code_of_the_contract_has_a_remedy_and_a_title() -> None:
         assert words.remedy(code).endswith(".")
         assert len(words.first_step(code)) < 110
         assert words.warning_title(code) != code
+        measured = words.first_step(code, measured=True)
+        assert words.remedy(code, measured=True).startswith(measured)
+        assert "--heldout" not in measured
+        assert len(measured) < 110
     assert words.remedy("new_code") == words.first_step("new_code") != ""
     assert words.warning_title("new_code") == "new_code"
 
