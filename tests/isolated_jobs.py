@@ -198,3 +198,9 @@ def calls(queue):
 
     queue.put(isolation.run("tests.isolated_jobs:echo", {"a": 1}))
     queue.put(multiprocessing.current_process().daemon)
+
+
+def hold_mb(arguments, progress):
+    """Holds so many MB for a moment."""
+    held = b"x" * (arguments["mb"] * 10**6)
+    return len(held)
