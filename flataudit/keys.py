@@ -25,7 +25,11 @@ CONFIDENCE, WARNINGS = "flataudit.confidence", "flataudit.warnings"
 # Of an audit run alone, so that a list of audits needs no report: which estimate, of what kind.
 ESTIMATOR, FAMILY, EVIDENCE = "flataudit.estimator", "flataudit.family", "flataudit.evidence"
 
-DURATION = "flataudit/duration_seconds"  # a metric of the run alone
+# Metrics of the run alone. The first: the audit in its process; the others: the stages as seen from
+# outside, and the most RAM that the audit's process held.
+DURATION = "flataudit/duration_seconds"
+LOAD_SECONDS, ESTIMATE_SECONDS = "flataudit/load_seconds", "flataudit/estimate_seconds"
+PEAK_BYTES = "flataudit/peak_bytes"
 
 # metric of an audit: where its value is in the report's JSON
 METRICS: Mapping[str, tuple[str, ...]] = {

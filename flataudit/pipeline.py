@@ -212,7 +212,7 @@ class Pipeline(_Part):
 
     def audit_options(self) -> AuditOptions:
         """The options of each audit: those of `options`, with target and deadline."""
-        own: dict[str, Any] = {"target": self.data.target, "tracking_uri": None}
+        own: Json = {"target": self.data.target, "tracking_uri": None}
         if self.deadline is not None:
             own["deadline"] = self.deadline
         return AuditOptions(**(self.options.model_dump() | own))

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flataudit import isolation
+from flataudit import isolation, keys
 from flataudit.config import AuditOptions, make_options
 from flataudit.errors import AuditFailedError, FlatauditError, InputError, StoreError
+from flataudit.logs import stage
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -74,25 +75,29 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
     from flataudit.training import parse_training
 
     started = time.perf_counter()
-    chosen = AuditOptions(**options)
-    _memory_limit(chosen)
-    use_tracking(chosen.tracking_uri)
-    source = registry.resolve(model_uri)
-    for data in filter(None, (train, heldout)):
-        check_data(data)
-    given = chosen.training if chosen.training != "auto" else None
-    return {
-        "audit_id": uuid.uuid4().hex,
-        "source": source.to_dict(),
-        "train": train,
-        "heldout": heldout or None,
-        "training": None if given is None else parse_training(given).to_record(),
-        "seconds": time.perf_counter() - started,
-    }
+    with stage("load", model_uri):
+        chosen = AuditOptions(**options)
+        _memory_limit(chosen)
+        use_tracking(chosen.tracking_uri)
+        source = registry.resolve(model_uri)
+        for data in filter(None, (train, heldout)):
+            check_data(data)
+        given = chosen.training if chosen.training != "auto" else None
+        return {
+            "audit_id": uuid.uuid4().hex,
+            "source": source.to_dict(),
+            "train": train,
+            "heldout": heldout or None,
+            "training": None if given is None else parse_training(given).to_record(),
+            "seconds": time.perf_counter() - started,
+        }
 
 
 def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    """Audits the loaded model in a child process: {report, display, seconds}.
+    """Audits the loaded model in a child process: {report, display, seconds, resources}.
+
+    resources: `flataudit/estimate_seconds`, the start of the child included, and
+    `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics.
 
     Raises:
         DeadlineError: load and estimate together took longer than `deadline`; the child and all
@@ -102,13 +107,22 @@ def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> J
     """
     chosen = AuditOptions(**options)
     request = {"loaded": loaded, "options": options, "memory_limit": _memory_limit(chosen)}
-    return in_child(
-        "flataudit.stages:estimate_here",
-        request,
-        chosen,
-        spent=loaded["seconds"],
-        progress=progress,
-    )
+    used: dict[str, int] = {}
+    started = time.perf_counter()
+    with stage("estimate", loaded["source"]["uri"]) as told:
+        found = in_child(
+            "flataudit.stages:estimate_here",
+            request,
+            chosen,
+            spent=loaded["seconds"],
+            progress=progress,
+            used=used,
+        )
+        told.update(used)
+    resources: Json = {keys.ESTIMATE_SECONDS: time.perf_counter() - started}
+    if "peak_bytes" in used:
+        resources[keys.PEAK_BYTES] = used["peak_bytes"]
+    return found | {"resources": resources}
 
 
 def in_child(
@@ -118,6 +132,7 @@ def in_child(
     *,
     spent: float = 0.0,
     progress: Progress | None = None,
+    used: dict[str, int] | None = None,
 ) -> Json:
     """Runs `module:function` of the package, JSON in and JSON out, within deadline and memory.
 
@@ -133,6 +148,7 @@ def in_child(
         progress=progress,
         preload=PRELOAD,
         name="the audit",
+        used=used,
     )
     return found
 
@@ -145,15 +161,19 @@ def log(loaded: Json, result: Json, options: Json) -> str:
 
     use_tracking(AuditOptions(**options).tracking_uri)
     source = ModelSource.from_dict(loaded["source"])
-    return tracking.log_audit(
-        result["report"],
-        result["display"],
-        source,
-        options=_asked(loaded, options),
-        duration=result["seconds"],
-        run_tags=loaded.get("run_tags"),
-        audit_id=loaded.get("audit_id"),
-    )
+    with stage("log", source.uri) as told:
+        run_id = tracking.log_audit(
+            result["report"],
+            result["display"],
+            source,
+            options=_asked(loaded, options),
+            duration=result["seconds"],
+            resources={keys.LOAD_SECONDS: loaded.get("seconds"), **result.get("resources", {})},
+            run_tags=loaded.get("run_tags"),
+            audit_id=loaded.get("audit_id"),
+        )
+        told["run_id"] = run_id
+    return run_id
 
 
 def log_failure(loaded: Json, error: str, options: Json) -> None:

@@ -113,6 +113,7 @@ def log_audit(
     *,
     options: Mapping[str, Any] | None = None,
     duration: float | None = None,
+    resources: Mapping[str, float | None] | None = None,
     experiment: str = EXPERIMENT,
     run_tags: Mapping[str, str] | None = None,
     audit_id: str | None = None,
@@ -127,6 +128,7 @@ def log_audit(
         options: What the audit was called with, by the command line's names: they become the
             run's params, `train` and `heldout` its inputs.
         duration: Seconds the audit took.
+        resources: More metrics of the run alone, by name: seconds of the stages, peak memory.
         experiment: Where the run goes.
         run_tags: More tags of the run, set as it is made: a sweep's `flataudit.audit_key` and
             `mlflow.parentRunId`.
@@ -153,7 +155,8 @@ def log_audit(
         else:
             client.log_artifacts(run_id, folder, ARTIFACTS)
             data = _log_inputs(client, run_id, report["data"], source, options, model_id)
-            _log_metrics(client, run, metrics, duration, model_id, data)
+            own = {**(resources or {}), DURATION: duration}
+            _log_metrics(client, run, metrics, own, model_id, data)
             table = [{"path": f"{ARTIFACTS}/influence.json", "type": "table"}]
             shown = {"mlflow.loggedArtifacts": json.dumps(table), "mlflow.note.content": block}
             _set_run_tags(client, run_id, {**(run_tags or {}), **tags, **_kind_of(report), **shown})
@@ -235,7 +238,7 @@ def log_evaluation(
             model_id = logged_model_id(client, source)
             known = Dataset(*data, "code", "{}")
             run = client.get_run(run_id)
-            _log_metrics(client, run, metrics_of(report), None, model_id, known)
+            _log_metrics(client, run, metrics_of(report), {}, model_id, known)
         where = str(client.get_run(run_id).info.artifact_uri).rstrip("/")
     return folder, f"{where}/{ARTIFACTS}"
 
@@ -437,11 +440,11 @@ def _log_metrics(
     client: MlflowClient,
     run: Run,
     metrics: Mapping[str, float],
-    duration: float | None,
+    own: Mapping[str, float | None],
     model_id: str | None,
     data: Dataset,
 ) -> None:
-    """One batch: each metric on the run and, by model_id, on the logged model.
+    """One batch: each metric on the run and, by model_id, on the logged model; `own` on the run.
 
     MLflow keeps a metric once that is logged again with the same time: the run's start.
     """
@@ -450,9 +453,10 @@ def _log_metrics(
     run_id, then = run.info.run_id, run.info.start_time
     known = {"model_id": model_id, "dataset_name": data.name, "dataset_digest": data.digest}
     batch = [Metric(key, value, then, 0, run_id=run_id, **known) for key, value in metrics.items()]
-    seconds = run.data.metrics.get(DURATION, duration)
-    if seconds is not None and math.isfinite(seconds):
-        batch.append(Metric(DURATION, seconds, then, 0))
+    for key, value in own.items():
+        found = run.data.metrics.get(key, value)  # a second try may have taken longer
+        if found is not None and math.isfinite(found):
+            batch.append(Metric(key, float(found), then, 0))
     client.log_batch(run_id, metrics=batch)
 
 

@@ -219,3 +219,9 @@ def deaf(path, progress):
             time.sleep(60)
         except KeyboardInterrupt:
             continue
+
+
+def hold_mb(arguments, progress):
+    """Holds so many MB for a moment."""
+    held = b"x" * (arguments["mb"] * 10**6)
+    return len(held)

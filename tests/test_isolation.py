@@ -609,3 +609,12 @@ def test_requests_hold_the_environment_and_are_never_written_to_a_file(temporary
     assert found == []
     command = Path(f"/proc/{forked._server.process.pid}/cmdline").read_bytes()
     assert b"xyzzy" not in command
+
+
+def test_the_peak_of_the_child_s_memory_is_told():
+    peaks = []
+    for mb in (1, 400):
+        used = {}
+        isolation.run("tests.isolated_jobs:hold_mb", {"mb": mb}, used=used)
+        peaks.append(used["peak_bytes"])
+    assert 380e6 < peaks[1] - peaks[0] < 420e6

@@ -249,3 +249,9 @@ def test_readme_lists_the_examples():
     for path in EXAMPLES:
         assert f"({path.name})" in text
     assert Path(FOLDER / "policies").is_dir()
+
+
+def test_without_a_deadline_that_of_every_audit_counts():
+    values = {"name": "a", "model": {"name": "net", "select": "all"}, "data": {"train": "mlflow"}}
+    assert make_pipeline(values).audit_options().deadline == 86400.0
+    assert make_pipeline(values | {"deadline": 5}).audit_options().deadline == 5.0

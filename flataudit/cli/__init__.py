@@ -16,6 +16,7 @@ import typer
 
 from flataudit.cli import audit, audits, compare, demo, gate, observe, run, serve, webhook
 from flataudit.errors import FlatauditError
+from flataudit.logs import listen
 
 app = typer.Typer(
     help="Audits a registered model: how much worse it will do on unseen data, and whether to"
@@ -40,6 +41,7 @@ def main() -> None:
     """The console script: runs a command and turns errors into one line and an exit code."""
     _quiet()
     try:
+        listen()
         code = app(sys.argv[1:] or ["--help"], prog_name="flataudit", standalone_mode=False)
     except FlatauditError as error:
         code = _fail(str(error), error.exit_code)

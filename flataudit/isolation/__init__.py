@@ -42,6 +42,7 @@ def run(
     progress: Progress | None = None,
     preload: Sequence[str] = (),
     name: str = "the call",
+    used: dict[str, int] | None = None,
 ) -> Any:
     """What `function(arguments, progress)` returns in a child process.
 
@@ -61,6 +62,7 @@ def run(
         progress: Called in this process, in the calling thread.
         preload: Modules that the server imports before the first call.
         name: What the errors call it.
+        used: Gets `peak_bytes`, the most RAM that the child held, where the system tells it.
 
     Raises:
         FlatauditError: the function's own, by class.
@@ -87,7 +89,7 @@ def run(
     try:
         line = json.dumps(request).encode() + b"\n"
         with children.call(request, line, ends) as messages:
-            return _answer(messages, progress, name, memory_limit)
+            return _answer(messages, progress, name, memory_limit, used)
     except Late:
         raise DeadlineError(
             f"expected {name} to end within {deadline:g} s, got no result by then and stopped it;"
@@ -110,7 +112,11 @@ def _folder() -> str | None:
 
 
 def _answer(
-    messages: Iterable[Json], progress: Progress | None, name: str, limit: int | None
+    messages: Iterable[Json],
+    progress: Progress | None,
+    name: str,
+    limit: int | None,
+    used: dict[str, int] | None,
 ) -> Any:
     """The answer among the messages; an error, once the child has ended, where there is none."""
     found: Json = {}
@@ -131,6 +137,8 @@ def _answer(
             " and stopped it; raise --memory-limit or audit fewer samples"
         )
     if "answer" in found:
+        if used is not None and found.get("peak_bytes") is not None:
+            used["peak_bytes"] = found["peak_bytes"]
         return found["answer"]
     if "error" in found:
         kind = getattr(errors, str(found["error"]), AuditFailedError)

@@ -101,7 +101,7 @@ def _outcome(request: Json, progress: Callable[..., None]) -> bytes:
         called = getattr(importlib.import_module(module), function)
         answer = called(request["arguments"], progress)
         try:
-            return as_line({"answer": answer})
+            return as_line({"answer": answer, "peak_bytes": _peak_bytes()})
         except (TypeError, ValueError, RecursionError) as error:
             return _error(f"expected {name} to give plain JSON values, got {_text(error)}")
     except FlatauditError as error:
@@ -113,6 +113,17 @@ def _outcome(request: Json, progress: Callable[..., None]) -> bytes:
             f"expected {name} to complete, got {_text(error)}; set FLATAUDIT_DEBUG=1 for the"
             " traceback"
         )
+
+
+def _peak_bytes() -> int | None:
+    """The most RAM that this process or one of its ended children held, shared pages included."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return unit * max(resource.getrusage(of).ru_maxrss for of in who)
 
 
 def _error(message: str) -> bytes:

@@ -215,3 +215,28 @@ def test_mlflow_run_audits_too(models, client, tmp_path):
     values = AuditOptions(tracking_uri=models.uri).model_dump()
     loaded = stages.load("models:/good/1", models.data, None, values)
     assert untimed(stages.estimate(loaded, values)["report"]) == untimed(report)
+
+
+def test_the_lines_of_the_stages_reach_prefect(server, models):
+    """Each among the logs of its task, whatever Prefect's own level is."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.filters import LogFilter
+
+    from flows.audit import audit_flow
+
+    state = audit_flow("models:/good/1", models.data, tracking_uri=models.uri, return_state=True)
+    assert state.is_completed()
+    run_id = state.state_details.flow_run_id
+    with SyncPrefectClient(server) as api:
+        for _ in range(60):  # they are sent in batches
+            found = api.read_logs(LogFilter(flow_run_id={"any_": [run_id]}))
+            lines = {log.message: log for log in found if log.name == "flataudit.stages"}
+            if len(lines) >= 6:
+                break
+            time.sleep(0.5)
+    starts = [f"{stage} {event} models:/good/1" for stage in ("load", "estimate", "log")
+              for event in ("start", "end")]  # fmt: skip
+    for start in starts:
+        (line,) = [log for text, log in lines.items() if text.startswith(start)]
+        assert line.task_run_id is not None
+    assert any(state.result()["run_id"] in text for text in lines)

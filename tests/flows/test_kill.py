@@ -47,7 +47,7 @@ def running(fleet, tmp_path, api, uri=None):
 def ended(process):
     """Its one result, once it has ended well."""
     out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
+    assert process.returncode == 0, (out, err)
     (result,) = json.loads(out)
     return result
 
