@@ -126,7 +126,7 @@ def test_the_run_s_link_and_the_report(audited, browser, page):
     page.shows(f"{audited.name}, version {audited.version}")
     text = page.text()
     for expected in (
-        "How much worse on unseen data?",
+        "How well will it do on unseen data?",
         "May I rely on this?",
         f"Verdict: {audited.tags['flataudit.verdict']}",
         audited.tags["flataudit.gap"].partition(" ")[0],
