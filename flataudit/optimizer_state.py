@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import torch
-
 # Keys that only the groups of these optimizers have together.
 _SGD = {"momentum", "dampening", "nesterov"}
 _ADAM = {"betas", "eps", "amsgrad"}
@@ -49,6 +47,7 @@ def states_in(loaded: Any) -> Iterator[OptimizerState]:
 def read_state(state: Mapping[str, Any], steps: int | None = None) -> OptimizerState:
     """One optimizer's `state_dict()`; steps: the checkpoint's own count, where it has one.
 
+    >>> import torch
     >>> line = torch.nn.Linear(2, 1)
     >>> found = read_state(torch.optim.SGD(line.parameters(), lr=0.5, momentum=0.9).state_dict())
     >>> found.settings["optimizer"], found.settings["lr"], found.settings["momentum"]
@@ -126,6 +125,8 @@ def _is_state(value: Any) -> TypeGuard[Mapping[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
+    import torch  # here: a gate, which reads no optimizer, starts without it
+
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return isinstance(value, int | float)
