@@ -145,7 +145,9 @@ def test_bootstrap_covers_a_mean():
     for trial in range(100):
         values = rng.normal(size=40)
         low, high = s.bootstrap(
-            lambda w, v=values: float((w * v).sum() / w.sum()), [str(i) for i in range(40)], seed=trial
+            lambda w, v=values: float((w * v).sum() / w.sum()),
+            [str(i) for i in range(40)],
+            seed=trial,
         )
         hits += low <= 0.0 <= high
     assert 83 <= hits <= 97
