@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow, task
+from prefect.events import emit_event
 
 from flataudit import stages
 from flataudit.config import make_options
+from flataudit.report import words
+from flataudit.store import without_password
 
 Json = dict[str, Any]
 
@@ -30,8 +33,28 @@ def estimate_task(loaded: Json, options: Json) -> Json:
 
 @task(name="log", persist_result=True, result_serializer="json")
 def log_task(loaded: Json, result: Json, options: Json) -> str:
-    """Writes the result to MLflow; returns the run id."""
-    return stages.log(loaded, result, options)
+    """Writes the result to MLflow, emits the verdict as an event; returns the run id."""
+    run_id = stages.log(loaded, result, options)
+    emit_verdict(loaded["source"]["uri"], result["report"], run_id)
+    return run_id
+
+
+def emit_verdict(uri: str, report: Json, run_id: str) -> None:
+    """The Prefect event `flataudit.verdict.VERDICT` about the resource `flataudit.model.URI`.
+
+    For automations, which alert on it; an event that cannot be sent is no reason to fail.
+    """
+    name = without_password(uri)
+    emit_event(
+        event=f"flataudit.verdict.{words.verdict(report)}",
+        resource={"prefect.resource.id": f"flataudit.model.{name}", "prefect.resource.name": name},
+        payload={
+            "run_id": run_id,
+            "gap": words.gap_text(report),
+            "confidence": report["confidence"],
+            "warnings": ", ".join(w["code"] for w in words.sorted_warnings(report)),
+        },
+    )
 
 
 @flow(
