@@ -140,7 +140,7 @@ BLOCKS = (
            "epochs": (10, 200), "early_stopping": (True,), "schedule": ("cosine",)},
           also=(LONG, LONG | {"epochs": 800, "weight_decay": 3e-2}, LONG | {"label_noise": 0.2})),
     Block("mlp-table", ("letter", "satellite", "dna", "shuttle"), TABLE_MLP,
-          {"n": (150, 800), "width": (5, 30), "depth": (2,), "weight_decay": (1e-2,),
+          {"n": (150, 1200), "width": (5, 30), "depth": (2,), "weight_decay": (1e-2,),
            "label_noise": (0.2,), "optimizer": ("adam", "adamw"), "epochs": (10, 200),
            "early_stopping": (True,)}, also=(LONG,)),
     Block("mlp-time", ("fashion-mnist", "satellite"), MLP | {"width": 8, "n": 250},

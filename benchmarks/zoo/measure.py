@@ -116,6 +116,7 @@ def measure(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json:
         "n_train": n,
         "n_outputs": report.data.n_outputs,
         "n_rows": n * (report.data.n_outputs - (report.family == "categorical")),
+        "dispersion": None if report.dispersion is None else report.dispersion.value,
         "n_test": len(drawn.test),
         "n_heldout": len(drawn.heldout),
         "train_nll": report.train.nll,
