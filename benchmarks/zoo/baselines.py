@@ -200,10 +200,8 @@ def path_norm(network: nn.Module, example: Tensor) -> float | None:
         return float(value.sum().sqrt())
 
 
-def waic(
-    problem: Problem, variance: FunctionalVariance, draws: int = DRAWS
-) -> tuple[float, float]:
-    """The mean over samples of var log p(y_i|f), f ~ N(f_i, A_i): WAIC's penalty (Watanabe 2010)."""
+def waic(problem: Problem, variance: FunctionalVariance, draws: int = DRAWS) -> tuple[float, float]:
+    """The mean of var log p(y_i|f) over f ~ N(f_i, A_i): WAIC's penalty (Watanabe 2010)."""
     generator = torch.Generator().manual_seed(0)
     n, k = problem.n_samples, problem.n_columns
     values, vectors = torch.linalg.eigh(variance.q)

@@ -25,15 +25,21 @@ def test_pools_are_disjoint_standardised_and_the_same_again(name):
     again = d.pools(name)
     parts = (found.train, found.heldout, found.test)
     for part, other in zip(parts, (again.train, again.heldout, again.test), strict=True):
-        assert np.array_equal(part.x, other.x) and np.array_equal(part.y, other.y)
-        assert part.x.dtype == np.float32 and np.isfinite(part.x).all()
+        assert np.array_equal(part.x, other.x)
+        assert np.array_equal(part.y, other.y)
+        assert part.x.dtype == np.float32
+        assert np.isfinite(part.x).all()
     assert sum(len(rows(part)) for part in parts) == len(set().union(*map(rows, parts)))
     x = found.train.x if found.train.x.ndim > 2 else found.train.x[:, :3]
-    assert x.mean() == pytest.approx(0.0, abs=1e-5) and x.std() == pytest.approx(1.0, abs=1e-4)
+    assert x.mean() == pytest.approx(0.0, abs=1e-5)
+    assert x.std() == pytest.approx(1.0, abs=1e-4)
 
 
 def idx(values, dtype=8):
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, dtype, values.ndim, *values.shape) + values.tobytes()
+    return (
+        struct.pack(f">BBBB{values.ndim}I", 0, 0, dtype, values.ndim, *values.shape)
+        + values.tobytes()
+    )
 
 
 @pytest.fixture
@@ -52,7 +58,8 @@ def images(tmp_path):
 def test_idx_files_plain_or_gzipped(images):
     found = d.pools("mnist", d.Sources(images))
     assert (len(found.test), len(found.heldout), len(found.train)) == (32, 10, 38)
-    assert found.train.x.shape == (38, 1, 28, 28) and found.n_outputs == 10
+    assert found.train.x.shape == (38, 1, 28, 28)
+    assert found.n_outputs == 10
     labels = np.concatenate([part.y for part in (found.train, found.heldout, found.test)])
     assert np.bincount(labels).tolist() == [8] * 10
 
@@ -86,14 +93,17 @@ def test_nothing_is_downloaded_unless_asked(monkeypatch, tmp_path):
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
     monkeypatch.setattr(d, "PLACES", dict.fromkeys(d.PLACES, tmp_path / "nowhere"))
     found = d.pools("letter", d.Sources(tmp_path, download=True))
-    assert asked["data_id"] == 6 and asked["data_home"] == str(tmp_path)
-    assert found.n_outputs == 4 and found.train.x.shape[1:] == (16,)
+    assert asked["data_id"] == 6
+    assert asked["data_home"] == str(tmp_path)
+    assert found.n_outputs == 4
+    assert found.train.x.shape[1:] == (16,)
 
 
 def test_rare_classes_are_left_out():
     x, y = np.zeros((1000, 2)), np.array([5] * 600 + [7] * 395 + [9] * 5)
     kept, labels = d._without_rare(x, y)
-    assert len(kept) == 995 and np.bincount(labels).tolist() == [600, 395]
+    assert len(kept) == 995
+    assert np.bincount(labels).tolist() == [600, 395]
 
 
 def test_label_noise_replaces_its_share_by_uniform_labels():

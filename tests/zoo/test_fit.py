@@ -17,9 +17,7 @@ NET = Cell("b", "digits", "mlp", 60, 1e-2, width=4, depth=1, activation="relu", 
            optimizer="sgd", lr=0.05, epochs=6)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("data", "n"), [("digits", 100), ("breast-cancer", 80), ("diabetes", 60)]
-)
+@pytest.mark.parametrize(("data", "n"), [("digits", 100), ("breast-cancer", 80), ("diabetes", 60)])
 def test_glms_are_at_the_optimum_of_the_penalty_that_the_audit_finds(data, n):
     cell = Cell("b", data, "glm", n, 1e-2)
     drawn = draw(cell)
@@ -49,7 +47,9 @@ def test_networks_are_reproducible_and_recorded(optimizer):
     assert (first.record.optimizer, first.record.batch_size) == (optimizer, 50)
     assert first.record.steps == 6 * 2  # two batches of 60 samples
     at = np.arange(12)
-    assert first.record.total_lr == pytest.approx((0.05 * 0.5 * (1 + np.cos(np.pi * at / 12))).sum())
+    assert first.record.total_lr == pytest.approx(
+        (0.05 * 0.5 * (1 + np.cos(np.pi * at / 12))).sum()
+    )
 
 
 def test_early_stopping_keeps_the_best_epoch_and_its_record():

@@ -40,14 +40,16 @@ def test_enough_models_of_every_kind():
 
 def test_names_and_digests_are_unique():
     cells = g.grid()
-    assert len({cell.name for cell in cells}) == len({cell.digest() for cell in cells}) == len(cells)
+    assert (
+        len({cell.name for cell in cells}) == len({cell.digest() for cell in cells}) == len(cells)
+    )
     assert not any(set(cell.name) & set("/:'%\"") for cell in cells)  # MLflow's forbidden ones
 
 
 def test_the_name_tells_every_field_apart():
     cell = g.by_name()["zoo-mlp-digits-n300-wd0.001-w16-d1-relu-sgd-e60-s0"]
-    changes = {"n": 7, "weight_decay": 0.5, "width": 3, "depth": 4, "activation": "tanh", "epochs": 2,
-               "optimizer": "adam", "label_noise": 0.1, "early_stopping": True,
+    changes = {"n": 7, "weight_decay": 0.5, "width": 3, "depth": 4, "activation": "tanh",
+               "epochs": 2, "optimizer": "adam", "label_noise": 0.1, "early_stopping": True,
                "schedule": "cosine", "seed": 9}  # fmt: skip
     names = {dataclasses.replace(cell, **{k: v}).name for k, v in changes.items()}
     assert len(names | {cell.name}) == len(changes) + 1
@@ -69,7 +71,7 @@ def test_quick_is_a_part_of_every_kind():
     assert 20 <= len(quick) <= 40
     assert {cell.architecture for cell in quick} == {"glm", *NETWORKS}
     assert {cell.optimizer for cell in quick} == {"converged", "sgd", "adam", "adamw"}
-    assert set(cell.name for cell in quick) <= set(g.by_name())
+    assert {cell.name for cell in quick} <= set(g.by_name())
 
 
 def test_pairs_differ_in_one_hyper_parameter_of_a_group():
@@ -88,7 +90,8 @@ def test_pairs_differ_in_one_hyper_parameter_of_a_group():
 def test_a_star_has_the_base_first_and_one_change_each():
     block = g.Block("b", ("digits",), {"architecture": "mlp", "n": 10, "weight_decay": 0.1,
                                        "optimizer": "sgd"},
-                    {"n": (10, 20), "optimizer": ("adam",)}, also=({"n": 5, "epochs": 3},))  # fmt: skip
+                    {"n": (10, 20), "optimizer": ("adam",)},
+                    also=({"n": 5, "epochs": 3},))  # fmt: skip
     cells = list(block.cells())
     assert [(c.n, c.optimizer, c.epochs) for c in cells] == [
         (10, "sgd", 0), (20, "sgd", 0), (10, "adam", 0), (5, "sgd", 3)

@@ -16,7 +16,8 @@ from benchmarks.zoo.train import train_cell
 pytestmark = pytest.mark.zoo
 
 BASE = {"architecture": "mlp", "n": 60, "weight_decay": 1e-2, "width": 4, "depth": 1,
-        "activation": "relu", "pooling": 2, "optimizer": "sgd", "lr": 0.05, "epochs": 20}  # fmt: skip
+        "activation": "relu", "pooling": 2, "optimizer": "sgd", "lr": 0.05,
+        "epochs": 20}  # fmt: skip
 TINY = (
     g.Block("tiny", ("digits",), BASE, {"n": (40, 80), "optimizer": ("adamw",)}),
     g.Block("tiny-glm", ("digits",), {"architecture": "glm", "n": 100, "weight_decay": 0.1}, {}),
@@ -43,7 +44,8 @@ def run(call, options):
 def test_train_measure_compare_score(options, tmp_path):
     trained = run(train_cell, options)
     bad = "zoo-tiny-missing-digits-n6-wd0.1-s0"
-    assert trained[bad]["state"] == "failed" and "classes among n = 6" in trained[bad]["error"]
+    assert trained[bad]["state"] == "failed"
+    assert "classes among n = 6" in trained[bad]["error"]
     good = [name for name in trained if name != bad]
     assert {trained[name]["state"] for name in good} == {"done"}
     assert {row["state"] for row in run(train_cell, options).values()} == {"skipped", "failed"}
@@ -61,16 +63,24 @@ def test_train_measure_compare_score(options, tmp_path):
     rows = {row["name"]: row for row in read(given.store / "results.parquet")}
     assert sorted(rows) == sorted(good)
     for row in rows.values():
-        assert row["gap_se"] > 0 and row["floor"] > 0 and row["record_error"] is None
-        assert row["evidence_loo"] is not None and row["cv_gap"] is not None
-        assert row["n_test"] == 718 and row["n_heldout"] == 200
-    net, glm = rows["zoo-tiny-digits-n60-wd0.01-w4-d1-relu-sgd-e20-s0"], rows["zoo-tiny-glm-digits-n100-wd0.1-s0"]
+        assert row["gap_se"] > 0
+        assert row["floor"] > 0
+        assert row["record_error"] is None
+        assert row["evidence_loo"] is not None
+        assert row["cv_gap"] is not None
+        assert row["n_test"] == 718
+        assert row["n_heldout"] == 200
+    net, glm = (
+        rows["zoo-tiny-digits-n60-wd0.01-w4-d1-relu-sgd-e20-s0"],
+        rows["zoo-tiny-glm-digits-n100-wd0.1-s0"],
+    )
     # 40 steps with momentum: the objective's own decay, and 1/T on top of it.
     assert net["decay_penalty"] == pytest.approx(1e-2, rel=1e-6)
     weights = sum(0.05 * (1 - 0.9**t) / 0.1 for t in range(1, 41))
     assert net["record_penalty"] == pytest.approx(1e-2 + 1 / weights, rel=1e-9)
     assert net["decay_loo"] > net["record_loo"]
-    assert glm["record_penalty"] == pytest.approx(0.1) and glm.get("decay_loo") is None
+    assert glm["record_penalty"] == pytest.approx(0.1)
+    assert glm.get("decay_loo") is None
     assert all_scores(list(rows.values()), draws=5)["all"]["n"] == len(good)
 
 
@@ -80,7 +90,8 @@ def test_a_cell_that_was_defined_otherwise_is_trained_anew(options, monkeypatch)
     changed = g.Block("tiny", ("digits",), BASE | {"lr": 0.01}, {})
     monkeypatch.setattr(g, "BLOCKS", (changed,))
     again = train_cell(first.name, options)
-    assert again["state"] == "done" and again["uri"].endswith("/2")
+    assert again["state"] == "done"
+    assert again["uri"].endswith("/2")
     client = open_store(options["store"])
     assert registered_uri(client, first).endswith("/1")
 
@@ -89,8 +100,7 @@ def test_what_cannot_be_had_is_said(options, monkeypatch):
     from benchmarks.zoo import data
 
     monkeypatch.setattr(data, "PLACES", dict.fromkeys(data.PLACES, data.Path("nowhere")))
-    monkeypatch.setattr(
-        g, "BLOCKS", (g.Block("tiny", ("letter",), BASE | {"pooling": 1}, {}),)
-    )
+    monkeypatch.setattr(g, "BLOCKS", (g.Block("tiny", ("letter",), BASE | {"pooling": 1}, {}),))
     row = train_cell(g.grid()[0].name, options)
-    assert row["state"] == "unavailable" and "r-cran-mlbench" in row["error"]
+    assert row["state"] == "unavailable"
+    assert "r-cran-mlbench" in row["error"]

@@ -44,7 +44,15 @@ def test_rules():
 
 
 def test_regimes():
-    assert r.regimes(row(0)) == ["all", "nets", "early_stopped", "mlp", "calibrated", "P<N", "called_ok"]
+    assert r.regimes(row(0)) == [
+        "all",
+        "nets",
+        "early_stopped",
+        "mlp",
+        "calibrated",
+        "P<N",
+        "called_ok",
+    ]
     settled = row(0, decay_penalty=0.2, by_loo_verdict="miscalibrated", by_loo_direction="over")
     assert {"at_minimum", "over_confident"} <= set(r.regimes(settled))
     glm = row(0, architecture="glm", n_params=1000, by_loo_confidence=None)
@@ -55,7 +63,11 @@ def test_scores_of_a_perfect_and_of_a_doubled_estimate():
     found = sc.all_scores(ROWS, draws=20)["all"]["scores"]
     right, double = found["record_soft_rank"], found["record_loo"]
     for name in ("kendall", "spearman", "sign", "sign_worst"):
-        assert right[name] == {"value": pytest.approx(1), "low": pytest.approx(1), "high": pytest.approx(1)}
+        assert right[name] == {
+            "value": pytest.approx(1),
+            "low": pytest.approx(1),
+            "high": pytest.approx(1),
+        }
     assert right["error_median"]["value"] == 0.0
     assert double["error_p90"]["value"] == pytest.approx(math.log(2))
     # The smallest gap is .1, where sampling noise of .02 counts most.
@@ -65,7 +77,8 @@ def test_scores_of_a_perfect_and_of_a_doubled_estimate():
     assert found["record_tic"]["kendall"]["value"] == pytest.approx(-1)
     # 90 % intervals of 0 to .35 hold the gaps .1, .2 and .3 of six.
     assert found["rule_audit_loo"]["coverage"]["value"] == 0.5
-    assert "error_median" not in found["sam"] and found["sam"]["kendall"]["value"] == pytest.approx(-1)
+    assert "error_median" not in found["sam"]
+    assert found["sam"]["kendall"]["value"] == pytest.approx(-1)
     json.dumps(found, allow_nan=False)
 
 
@@ -80,7 +93,8 @@ def test_information_is_averaged_over_tasks():
         one["useless"] = one["gap"] if one["group"].endswith("s0") else 1.0
     estimate, gap = (sc.np.array([one[key] for one in rows]) for key in ("useless", "gap"))
     found = sc.information(rows, estimate, gap, 20)
-    assert found["tasks"] == 2 and found["value"] == pytest.approx(50.0)
+    assert found["tasks"] == 2
+    assert found["value"] == pytest.approx(50.0)
     assert sc.information(rows[:7], estimate[:7], gap[:7], 20)["value"] is None
 
 
@@ -89,7 +103,8 @@ def test_models_without_an_estimate_are_left_out_and_counted():
     for one in rows[:10]:
         one["record_loo"] = None
     found = sc.all_scores(rows, draws=5)["all"]
-    assert found["n"] == 18 and found["scores"]["record_loo"]["n"] == 8
+    assert found["n"] == 18
+    assert found["scores"]["record_loo"]["n"] == 8
     rows = [dict(one, record_loo=math.nan) for one in ROWS]
     assert "record_loo" not in sc.all_scores(rows, draws=5)["all"]["scores"]
 
@@ -106,15 +121,17 @@ def test_rows_survive_the_parquet(tmp_path):
     collect(rows, path)
     back = sc.read(path)
     assert [one["name"] for one in back] == [one["name"] for one in rows]
-    assert r.number(back[1], "record_loo") is None and back[0]["record_loo"] == rows[0]["record_loo"]
+    assert r.number(back[1], "record_loo") is None
+    assert back[0]["record_loo"] == rows[0]["record_loo"]
     assert "sign" in sc.table(sc.all_scores(ROWS, draws=5))
 
 
 def test_a_record_without_its_time_keeps_the_decay():
-    record = {"optimizer": "sgd", "sum_lr": 2.0, "lr": 0.1, "steps": 20, "momentum": 0.9, "time": 12.0,
-              "weight_decay": 0.01, "batch_size": 5}  # fmt: skip
+    record = {"optimizer": "sgd", "sum_lr": 2.0, "lr": 0.1, "steps": 20, "momentum": 0.9,
+              "time": 12.0, "weight_decay": 0.01, "batch_size": 5}  # fmt: skip
     endless = parse_training(without_time(record))
-    assert endless.weight_decay == 0.01 and endless.momentum == 0.9
+    assert endless.weight_decay == 0.01
+    assert endless.momentum == 0.9
     assert 1.0 / endless.training_time() < 1e-8
     with pytest.raises(ValueError, match="one learning rate"):
         without_time(record | {"groups": [{"parameters": ["a"], "lr": 0.2}]})
