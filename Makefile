@@ -15,7 +15,7 @@ export DO_NOT_TRACK ?= 1
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
 
 .DEFAULT_GOAL := help
-.PHONY: help python install demo test pytest lint format types contracts matrix bench lock clean
+.PHONY: help python install demo test pytest lint format types contracts matrix bench zoo lock clean
 
 help:  ## print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,12 @@ matrix: install  ## measure docs/matrix.md anew: every kind of model against the
 
 bench: install  ## the benchmarks; their results are JSON files in benchmarks/
 	set -e; for file in benchmarks/[a-z]*.py; do $(BIN)/python "$$file"; done
+
+# ZOO: options of the passes, as in make zoo ZOO='--quick --data FOLDER'.
+zoo: install  ## train, measure and score the zoo of models: benchmarks/zoo
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -e '.[zoo]'
+	set -e; export OMP_NUM_THREADS=1; for pass in train measure baselines; do \
+	  $(BIN)/python -m benchmarks.zoo.$$pass $(ZOO); done
 
 # Resolves pyproject.toml anew in a venv of its own. torch is pinned by version alone, without the
 # mark of a build, and the CUDA packages that some builds bring are left to pip.

@@ -200,14 +200,14 @@ def path_norm(network: nn.Module, example: Tensor) -> float | None:
         return float(value.sum().sqrt())
 
 
-def waic(problem: Problem, variance: FunctionalVariance) -> tuple[float, float]:
-    """The mean over samples of var log p(y_i|f), f ~ N(f_i, A_i): WAIC's penalty (Watanabe 2010)."""
+def waic(problem: Problem, variance: FunctionalVariance, draws: int = DRAWS) -> tuple[float, float]:
+    """The mean of var log p(y_i|f) over f ~ N(f_i, A_i): WAIC's penalty (Watanabe 2010)."""
     generator = torch.Generator().manual_seed(0)
     n, k = problem.n_samples, problem.n_columns
     values, vectors = torch.linalg.eigh(variance.q)
     root = vectors * values.clamp_min(0.0).sqrt()[:, None, :]
     drawn = []
-    for _ in range(DRAWS):
+    for _ in range(draws):
         b = (root @ torch.randn(n, k, 1, generator=generator, dtype=root.dtype))[:, :, 0]
         outputs = problem.outputs + problem.family.shift(problem.outputs, problem.y, b)
         drawn.append(problem.family.nll(outputs, problem.y))

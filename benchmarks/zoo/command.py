@@ -35,7 +35,9 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
     return [cell for cell in cells if not given.only or fnmatchcase(cell.name, given.only)]
 
 
-def main(text: str | None, call: str, after: Callable[[argparse.Namespace], None] | None = None) -> None:
+def main(
+    text: str | None, call: str, after: Callable[[argparse.Namespace], None] | None = None
+) -> None:
     """Runs `call` on every chosen cell as one Prefect flow and prints what came of it."""
     given = parser(text).parse_args()
     from flows.zoo import zoo_flow

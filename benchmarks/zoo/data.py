@@ -159,7 +159,10 @@ def _images(name: str, sources: Sources) -> tuple[NDArray[Any], NDArray[Any]]:
         x, y = _openml(name, sources, f"the {name} package (see benchmarks/zoo/data.py)")
         return x.reshape(-1, 1, 28, 28), y
     both = [
-        (read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte"))
+        (
+            read_idx(folder, f"{part}-images-idx3-ubyte"),
+            read_idx(folder, f"{part}-labels-idx1-ubyte"),
+        )
         for part in ("train", "t10k")
     ]
     x, y = (np.concatenate([pair[i] for pair in both]) for i in range(2))

@@ -52,5 +52,7 @@ def draw(cell: Cell, sources: Sources | None = None) -> Drawn:
     if cell.architecture == "glm" and found.task == "classification":
         missing = found.n_outputs - len(np.unique(train.y))
         if missing:
-            raise ValueError(f"expected all classes among n = {cell.n}, got {missing} of them missing")
+            raise ValueError(
+                f"expected all classes among n = {cell.n}, got {missing} of them missing"
+            )
     return Drawn(found, train, validation, heldout, test)

@@ -56,7 +56,9 @@ def fit_glm(train: Pool, task: str, weight_decay: float) -> Any:
     if task == "regression":
         model = Ridge(alpha=n * weight_decay)
     elif task == "counts":
-        model = PoissonRegressor(alpha=weight_decay, solver="newton-cholesky", tol=1e-9, max_iter=200)
+        model = PoissonRegressor(
+            alpha=weight_decay, solver="newton-cholesky", tol=1e-9, max_iter=200
+        )
     else:
         model = LogisticRegression(C=1.0 / (n * weight_decay), tol=1e-8, max_iter=20_000)
     with warnings.catch_warnings():
@@ -64,7 +66,9 @@ def fit_glm(train: Pool, task: str, weight_decay: float) -> Any:
         try:
             return model.fit(x, train.y)
         except ConvergenceWarning as warning:
-            raise TrainingFailed(f"expected the optimum, got: {str(warning).splitlines()[0]}") from None
+            raise TrainingFailed(
+                f"expected the optimum, got: {str(warning).splitlines()[0]}"
+            ) from None
 
 
 def flat(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -91,7 +95,9 @@ def fit_network(cell: Cell, drawn: Drawn) -> Fitted:
     steps = cell.epochs * math.ceil(len(x) / cell.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) if cell.schedule == "cosine" else 1.0,
+        lambda step: (
+            0.5 * (1 + math.cos(math.pi * step / steps)) if cell.schedule == "cosine" else 1.0
+        ),
     )
     loss = losses(pools.task)
     generator = torch.Generator().manual_seed(cell.draw_seed)
@@ -126,7 +132,10 @@ def fit_network(cell: Cell, drawn: Drawn) -> Fitted:
 
 def tensors(pool: Pool, task: str) -> tuple[Tensor, Tensor]:
     """Inputs float32 and targets as the loss takes them."""
-    x, y = torch.from_numpy(np.ascontiguousarray(pool.x)), torch.from_numpy(np.ascontiguousarray(pool.y))
+    x, y = (
+        torch.from_numpy(np.ascontiguousarray(pool.x)),
+        torch.from_numpy(np.ascontiguousarray(pool.y)),
+    )
     return x, y if task == "classification" else y.float()[:, None]
 
 

@@ -46,6 +46,7 @@ from benchmarks.zoo.store import (
     write_row,
 )
 from flataudit import AuditReport, FlatauditError, audit
+from flataudit.calibration import is_saturated
 from flataudit.families import Family, log_probabilities, make_family
 from flataudit.models.sklearn import as_network
 
@@ -116,6 +117,7 @@ def measure(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json:
         "n_train": n,
         "n_outputs": report.data.n_outputs,
         "n_rows": n * (report.data.n_outputs - (report.family == "categorical")),
+        "dispersion": None if report.dispersion is None else report.dispersion.value,
         "n_test": len(drawn.test),
         "n_heldout": len(drawn.heldout),
         "train_nll": report.train.nll,
@@ -163,7 +165,11 @@ def audits(
 
 def without_time(record: Json) -> Json:
     """The record with a training time of LONG_AGO in place of its own."""
-    kept = {k: v for k, v in record.items() if k not in ("lr", "steps", "schedule", "time", "warmup_steps")}
+    kept = {
+        k: v
+        for k, v in record.items()
+        if k not in ("lr", "steps", "schedule", "time", "warmup_steps")
+    }
     if any("lr" in g or "sum_lr" in g or "time" in g for g in kept.get("groups") or ()):
         raise ValueError("expected one learning rate for all parameters, got groups of them")
     return kept | {"sum_lr": LONG_AGO}
@@ -178,7 +184,13 @@ def with_heldout(
     """
     given = "auto" if report.dispersion is None else report.dispersion.value
     return audit(
-        model, train, heldout=unseen, family=family, training=record, dispersion=given, sensitivity=False
+        model,
+        train,
+        heldout=unseen,
+        family=family,
+        training=record,
+        dispersion=given,
+        sensitivity=False,
     )
 
 
@@ -262,7 +274,7 @@ def _judged(evidence: str, report: AuditReport) -> Json:
         f"by_{evidence}_severity": c.severity,
         f"by_{evidence}_ece": c.ece,
         f"by_{evidence}_slope": c.slope,
-        f"by_{evidence}_saturated": bool(c.saturation),
+        f"by_{evidence}_saturated": is_saturated(c.saturation),
         f"by_{evidence}_calibration_accuracy": c.accuracy,
         f"by_{evidence}_calibration_mean_confidence": c.mean_confidence,
         f"by_{evidence}_gap": gap.value,
@@ -308,9 +320,8 @@ def collect(rows: list[Json], path: Path) -> None:
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(pd.DataFrame(rows), preserve_index=False)
-    text = json.dumps(environment())
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}),
-                                                  b"flataudit.zoo": text.encode()}), path)  # fmt: skip
+    about = {b"flataudit.zoo": json.dumps(environment()).encode()}
+    pq.write_table(table.replace_schema_metadata((table.schema.metadata or {}) | about), path)
 
 
 def write_results(given: argparse.Namespace) -> None:

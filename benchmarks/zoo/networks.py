@@ -5,6 +5,7 @@ All take images (n, 1, H, W) or tables (n, d) and return the family's natural pa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -30,10 +31,14 @@ def make_network(
     the number of parameters below that of the rows of an audit.
     """
     if architecture not in NETWORKS:
-        raise KeyError(f"unknown architecture {architecture!r}; choose one of: {', '.join(NETWORKS)}")
+        raise KeyError(
+            f"unknown architecture {architecture!r}; choose one of: {', '.join(NETWORKS)}"
+        )
     image = len(shape) == 3
     if not image and architecture != "mlp":
-        raise ValueError(f"expected images for architecture {architecture}, got shape {tuple(shape)}")
+        raise ValueError(
+            f"expected images for architecture {architecture}, got shape {tuple(shape)}"
+        )
     shape = (shape[0], *(side // pooling for side in shape[1:])) if image else tuple(shape)
     body = NETWORKS[architecture](shape, n_outputs, width, depth, ACTIVATIONS[activation])
     return nn.Sequential(nn.AvgPool2d(pooling), body) if image and pooling > 1 else body
@@ -42,7 +47,7 @@ def make_network(
 def _mlp(shape: Sequence[int], k: int, width: int, depth: int, act: type[nn.Module]) -> nn.Module:
     sizes = [math.prod(shape), *[width] * depth]
     layers: list[nn.Module] = [nn.Flatten()] if len(shape) > 1 else []
-    for size, following in zip(sizes[:-1], sizes[1:], strict=True):
+    for size, following in itertools.pairwise(sizes):
         layers += [nn.Linear(size, following), act()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], k))
 
@@ -51,7 +56,7 @@ def _cnn(shape: Sequence[int], k: int, width: int, depth: int, act: type[nn.Modu
     """`depth` convolutions, the channels doubled at the second, then one linear layer."""
     channels = [shape[0], width, *[2 * width] * (depth - 1)]
     layers: list[nn.Module] = []
-    for at, (size, following) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+    for at, (size, following) in enumerate(itertools.pairwise(channels)):
         layers += [nn.Conv2d(size, following, 3, stride=2 if at < 2 else 1, padding=1), act()]
     head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels[-1], k)]
     return nn.Sequential(*layers, *head)
@@ -76,10 +81,18 @@ class Residual(nn.Module):
         return out
 
 
-def _resnet(shape: Sequence[int], k: int, width: int, depth: int, act: type[nn.Module]) -> nn.Module:
-    stem = [nn.Conv2d(shape[0], width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), act()]
+def _resnet(
+    shape: Sequence[int], k: int, width: int, depth: int, act: type[nn.Module]
+) -> nn.Module:
+    stem = [
+        nn.Conv2d(shape[0], width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        act(),
+    ]
     blocks = [Residual(width, act) for _ in range(depth)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, k))
+    return nn.Sequential(
+        *stem, *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, k)
+    )
 
 
 class Attention(nn.Module):
@@ -119,7 +132,13 @@ class Transformer(nn.Module):
     """Image patches as tokens, learned positions, `depth` layers, the mean token to the outputs."""
 
     def __init__(
-        self, shape: Sequence[int], k: int, d: int, depth: int, act: type[nn.Module], per_side: int = 4
+        self,
+        shape: Sequence[int],
+        k: int,
+        d: int,
+        depth: int,
+        act: type[nn.Module],
+        per_side: int = 4,
     ) -> None:
         super().__init__()
         patch = shape[-1] // per_side

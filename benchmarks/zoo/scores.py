@@ -10,6 +10,7 @@ estimate does not exist is left out of that estimate's scores; n says how many w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,9 @@ def score(rows: Sequence[Mapping[str, Any]], name: str, *, draws: int = 200) -> 
         "n": len(rows),
         "kendall": bounded(lambda w: s.kendall(estimate, gap, w)),
         "spearman": bounded(lambda w: s.spearman(estimate, gap, w)),
-        "sign": bounded(lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("all", math.nan)),
+        "sign": bounded(
+            lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("all", math.nan)
+        ),
         "sign_worst": bounded(
             lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("worst", math.nan)
         ),
@@ -72,7 +75,7 @@ def score(rows: Sequence[Mapping[str, Any]], name: str, *, draws: int = 200) -> 
     }
     if name in GAPS:
         errors = s.log_errors(estimate, gap)
-        beyond = s.excess(errors, gap, floor)
+        beyond = s.excess(estimate, gap, floor)
         for key, values in (("error", errors), ("excess", beyond)):
             for label, q in (("median", 0.5), ("p90", 0.9)):
                 found[f"{key}_{label}"] = bounded(lambda w, v=values, q=q: s.quantile(v, q, w))
@@ -84,13 +87,12 @@ def score(rows: Sequence[Mapping[str, Any]], name: str, *, draws: int = 200) -> 
 
 def one_apart(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
     """Pairs of a group's models that differ in one hyper-parameter: (i, j, its name)."""
-    found = []
-    for i, first in enumerate(rows):
-        for j in range(i):
-            name = differ_in_one(first, rows[j])
-            if name is not None:
-                found.append((i, j, name))
-    return found
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row["group"], []).append(i)
+    pairs = (pair for members in groups.values() for pair in itertools.combinations(members, 2))
+    named = ((i, j, differ_in_one(rows[i], rows[j])) for i, j in pairs)
+    return [(i, j, name) for i, j, name in named if name is not None]
 
 
 def information(
@@ -118,7 +120,12 @@ def information(
         lambda w: float((w * array).sum() / w.sum()), [str(i) for i in range(len(array))],
         draws=draws, level=LEVEL,
     )  # fmt: skip
-    return {"value": float(array.mean()), "low": _null(low), "high": _null(high), "tasks": len(array)}
+    return {
+        "value": float(array.mean()),
+        "low": _null(low),
+        "high": _null(high),
+        "tasks": len(array),
+    }
 
 
 def interval(

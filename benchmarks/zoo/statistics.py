@@ -50,14 +50,19 @@ def log_errors(estimate: ArrayLike, gap: ArrayLike) -> Floats:
     return np.where(b == 0, np.nan, found)
 
 
-def excess(errors: ArrayLike, gap: ArrayLike, floor: ArrayLike) -> Floats:
-    """Errors beyond sampling noise: sqrt(max(0, error^2 - (s/gap)^2)).
+def excess(estimate: ArrayLike, gap: ArrayLike, floor: ArrayLike) -> Floats:
+    """Log errors beyond sampling noise: sqrt(max(0, log(estimate/gap)^2 - (s/gap)^2)).
 
-    errors: |log(estimate/gap)|; floor: s, the standard error of the test NLL that the training
-    sample's size allows, sd(l_loo)/sqrt(n).
+    floor: s, the standard error of the test NLL that the training sample's size allows,
+    sd(l_loo)/sqrt(n). Where estimate and gap are not of one sign there is no logarithm: 0 if they
+    are within s of each other, else infinite.
     """
-    e, g, s = (np.asarray(values, dtype=float) for values in (errors, gap, floor))
-    return np.sqrt(np.maximum(0.0, e**2 - (s / g) ** 2))
+    a, g, s = (np.asarray(values, dtype=float) for values in (estimate, gap, floor))
+    errors = log_errors(a, g)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.sqrt(np.maximum(0.0, errors**2 - (s / g) ** 2))
+    found: Floats = np.where(np.isfinite(errors), beyond, np.where(np.abs(a - g) <= s, 0.0, np.inf))
+    return found
 
 
 def quantile(values: ArrayLike, q: float, weights: ArrayLike | None = None) -> float:
@@ -100,20 +105,24 @@ def sign_accuracy(
     """
     a, g, w = _arrays(estimate, gap, weights)
     s = np.asarray(se, dtype=float)
-    right: dict[str, float] = {}
-    total: dict[str, float] = {}
-    for i, j, name in pairs:
-        noise = math.hypot(s[i], s[j])
-        difference = abs(g[i] - g[j])
-        sure = float(special.erf(difference / (math.sqrt(2.0) * noise))) if noise else 1.0
-        weight = float(w[i] * w[j]) * sure * (difference > 0)
-        hit = 0.5 * (1.0 + np.sign(a[i] - a[j]) * np.sign(g[i] - g[j]))
-        for key in (name, "all"):
-            right[key] = right.get(key, 0.0) + weight * float(hit)
-            total[key] = total.get(key, 0.0) + weight
-    found = {key: right[key] / total[key] for key in total if total[key] > 0}
-    by_axis = [value for key, value in found.items() if key != "all"]
-    return found | ({"worst": min(by_axis)} if by_axis else {})
+    if not pairs:
+        return {}
+    i, j = (np.array([pair[at] for pair in pairs]) for at in (0, 1))
+    names, code = np.unique([pair[2] for pair in pairs], return_inverse=True)
+    noise, difference = np.hypot(s[i], s[j]), g[i] - g[j]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sure = special.erf(np.abs(difference) / (math.sqrt(2.0) * noise))
+    weight = w[i] * w[j] * np.where(noise > 0, sure, 1.0) * (difference != 0)
+    hit = 0.5 * (1.0 + np.sign(a[i] - a[j]) * np.sign(difference))
+    total, right = (
+        np.bincount(code, weights=x, minlength=len(names)) for x in (weight, weight * hit)
+    )
+    if not total.sum() > 0:
+        return {}
+    found = {
+        str(name): float(r / t) for name, r, t in zip(names, right, total, strict=True) if t > 0
+    }
+    return found | {"worst": min(found.values()), "all": float(right.sum() / total.sum())}
 
 
 def conditional_information(
@@ -150,7 +159,9 @@ def conditional_information(
     return 100.0 * min(found) if found else math.nan
 
 
-def _normalised_information(v: Floats, truth: Floats, pairs: Floats, group: NDArray[np.int64]) -> float:
+def _normalised_information(
+    v: Floats, truth: Floats, pairs: Floats, group: NDArray[np.int64]
+) -> float:
     same = group[:, None] == group[None, :]
     total = (pairs * same).sum()
     if total <= 0:

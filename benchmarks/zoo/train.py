@@ -16,13 +16,20 @@ from benchmarks.zoo.data import Unavailable
 from benchmarks.zoo.draw import draw
 from benchmarks.zoo.fit import TrainingFailed, fit, flat
 from benchmarks.zoo.grid import Cell, by_name
-from benchmarks.zoo.store import CELL_TAG, EXPERIMENT, fields, open_store, registered_uri, sources_of
+from benchmarks.zoo.store import (
+    CELL_TAG,
+    EXPERIMENT,
+    fields,
+    open_store,
+    registered_uri,
+    sources_of,
+)
 
 Json = dict[str, Any]
 
 
 def train_cell(name: str, options: Json) -> Json:
-    """Trains and registers one cell; {name, state: done|skipped|unavailable|failed, seconds, ...}."""
+    """Trains and registers one cell; {name, state: done|skipped|unavailable|failed, ...}."""
     import torch
 
     torch.set_num_threads(1)  # the same sums in the same order, wherever it runs

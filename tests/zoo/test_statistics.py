@@ -42,12 +42,20 @@ def test_ranking_a_constant_is_undefined():
 def test_log_errors():
     found = s.log_errors([0.2, 0.05, -0.1, 0.1], [0.1, 0.1, 0.1, 0.0])
     assert found[:2] == pytest.approx([math.log(2), math.log(2)])
-    assert found[2] == math.inf and math.isnan(found[3])
+    assert found[2] == math.inf
+    assert math.isnan(found[3])
 
 
 def test_excess_takes_the_sampling_noise_off():
     # error .5, s/gap = .03/.1 = .3: sqrt(.25 - .09) = .4; error .2 is within .3.
-    assert s.excess([0.5, 0.2], [0.1, 0.1], [0.03, 0.03]) == pytest.approx([0.4, 0.0])
+    estimate = [0.1 * math.exp(0.5), 0.1 * math.exp(-0.2)]
+    assert s.excess(estimate, [0.1, 0.1], [0.03, 0.03]) == pytest.approx([0.4, 0.0])
+    # Of two signs: within s of each other, or not. A gap of 0 alike.
+    assert s.excess([0.01, 0.05, 0.02], [-0.01, -0.01, 0.0], [0.03] * 3).tolist() == [
+        0,
+        math.inf,
+        0,
+    ]
 
 
 def test_quantile_is_a_value_that_occurred():
