@@ -84,7 +84,7 @@ def audit_flow(
     """One audit; options and errors as on the command line.
 
     Returns:
-        {report, display, run_id}: the contract's report JSON, what the figures show, and the
+        {report, display, seconds, resources, run_id}: the contract's report JSON, what the figures show, and the
         MLflow run.
     """
     options = make_options(

@@ -87,7 +87,7 @@ def test_parameters_are_the_options():
 def test_gives_what_the_command_line_gives(audit_flow, models, client, server, monkeypatch, capfd):
     found = audit_flow("models:/good/1", "mlflow", heldout=models.heldout, solver="dual",
                        tracking_uri=models.uri)  # fmt: skip
-    assert set(found) == {"report", "display", "run_id"} | {"seconds"}
+    assert set(found) == {"report", "display", "run_id", "seconds", "resources"}
     printed = by_command_line(
         monkeypatch, capfd, "models:/good/1", "--train", "mlflow", "--heldout", models.heldout,
         "--solver", "dual", "--tracking-uri", models.uri,
