@@ -206,7 +206,9 @@ def run_audit(
     stages: Stages | None = None,
     write: bool = True,
 ) -> Json:
-    """One audit from URI to MLflow: {report, display, seconds, resources, run_id}; run_id is None where write=False.
+    """One audit from URI to MLflow: {report, display, seconds, resources, run_id}.
+
+    run_id is None where write=False.
 
     Raises:
         InputError: bad input; nothing was written.

@@ -84,8 +84,8 @@ def audit_flow(
     """One audit; options and errors as on the command line.
 
     Returns:
-        {report, display, seconds, resources, run_id}: the contract's report JSON, what the figures show, and the
-        MLflow run.
+        {report, display, seconds, resources, run_id}: the contract's report JSON, what the figures
+        show, the audit's time and memory, and the MLflow run.
     """
     options = make_options(
         {
