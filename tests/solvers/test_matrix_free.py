@@ -217,7 +217,7 @@ def test_too_few_samples_are_said():
 # --- both -----------------------------------------------------------------------------------------
 
 SETTINGS = {"lanczos": coarse(), "sampling": Sampling(block=32, most=64)}
-solvers = pytest.mark.parametrize("name", sorted(MATRIX_FREE))
+solvers = pytest.mark.parametrize("name", sorted(SETTINGS))
 
 
 def values(curvature) -> tuple[float, float, float]:

@@ -121,7 +121,7 @@ def test_product_flops_are_those_of_two_passes():
 def test_unknown_solver():
     with pytest.raises(
         InputError,
-        match="unknown solver 'kfca'; choose one of: auto, dual, primal, lanczos, sampling",
+        match="unknown solver 'kfca'; choose one of: auto, dual, primal, kfac, lanczos, sampling",
     ):
         select("kfca", 1, 1, {"primal": 1, "dual": 1}, 1)
 
