@@ -22,6 +22,7 @@ VARIABLE = "FLATAUDIT_LOG"
 FORMATS = ("text", "json")
 
 log = logging.getLogger("flataudit.stages")
+log.addHandler(logging.NullHandler())  # else Python shows errors on stderr where nobody listens
 
 
 def log_format() -> str | None:

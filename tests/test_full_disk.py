@@ -128,9 +128,9 @@ def test_a_full_database(tmp_path, small):
 
 @pytest.mark.usefixtures("drawn")
 def test_a_file_in_the_place_of_the_artifacts(tmp_path):
-    with pointed_at(embedded_store(tmp_path / "store")) as uri:
+    with pointed_at(embedded_store(tmp_path / "store")):
         artifacts = tmp_path / "artifacts"
-        client, source = audited_in(uri, artifacts)
+        client, source = audited_in(artifacts)
         artifacts.rename(tmp_path / "moved")
         artifacts.write_text("no folder")
         check_refused(client, source, "Not a directory|File exists")
