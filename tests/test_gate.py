@@ -14,14 +14,16 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
 from flataudit import gate, keys, records, turns
+from flataudit.audits import latest_audit
 from flataudit.errors import InputError, StoreError
 from flataudit.gate import Audit, run_gate
 from flataudit.identity import identify
-from flataudit.models.registry import resolve
+from flataudit.models.registry import load_model, resolve
 from flataudit.policy import parse_policy
 from flataudit.tracking import log_error
 from tests.audited_store import (
@@ -35,6 +37,7 @@ from tests.audited_store import (
     sqlite_uri,
     store_of,
 )
+from tests.mlflow_store import REQUIREMENTS
 from tests.shells import ROOT, environment, make_models
 
 POLICY = parse_policy("max_gap: 0.1\nmax_age_days: 30\nbaseline: champion\nmax_regression: 0.02")
@@ -669,14 +672,18 @@ def models():
 
 def test_with_train_an_unaudited_version_is_audited_once(models):
     client = MlflowClient()
-    copied = client.copy_model_version("models:/good/1", "gated")
-    uri = f"models:/gated/{copied.version}"
+    with mlflow.start_run():
+        mlflow.pytorch.log_model(
+            load_model(resolve("models:/good/1")), name="gated", serialization_format="pickle",
+            pip_requirements=REQUIREMENTS, registered_model_name="gated",
+        )  # fmt: skip
+    uri = "models:/gated/1"
     lenient = parse_policy("max_gap: 100\nmax_age_days: 1")
     audit = Audit(models.data, models.heldout)
     dry = run_gate(uri, lenient, dry_run=True, audit=audit)
     assert (dry.outcome, dry.audit_run_id) == ("pass", None)
-    assert client.get_experiment_by_name(keys.EXPERIMENT) is None
-    assert keys.VERDICT not in client.get_model_version("gated", copied.version).tags
+    assert keys.VERDICT not in client.get_model_version("gated", "1").tags
+    assert latest_audit(resolve(uri).identity) is None
     first = run_gate(uri, lenient, audit=audit)
     assert (first.outcome, first.exit_code) == ("pass", 0)
     assert first.audit_run_id
