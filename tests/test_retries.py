@@ -1,6 +1,7 @@
 """Calls that are tried again: which errors pass, and that no failing call makes anything twice."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -336,7 +337,8 @@ def test_the_stages_pass_the_id_on(monkeypatch):
     monkeypatch.setattr("flataudit.store.use_tracking", lambda uri: uri)
     source = dict.fromkeys(("name", "version", "model_id", "run_id", "flavor", "local_path"))
     loaded = {"audit_id": "made-once", "source": source, "train": "x", "heldout": None}
-    monkeypatch.setattr("flataudit.models.registry.ModelSource.from_dict", lambda found: found)
+    read = SimpleNamespace(uri="models:/a/1")
+    monkeypatch.setattr("flataudit.models.registry.ModelSource.from_dict", lambda _: read)
     stages.log(loaded, {"report": {}, "display": {}, "seconds": 1.0}, {})
     stages.log_failure(loaded, "broke", {})
     assert given == ["made-once", "made-once"]
