@@ -151,7 +151,7 @@ def _answer(
 def _crashed(ended: Json, name: str) -> str:
     code = ended.get("code")
     if code is None:
-        how = "the end of its process"
+        how = "the end"
     elif code >= 0:
         how = f"exit code {code}"
     else:

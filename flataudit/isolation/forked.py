@@ -84,7 +84,10 @@ def _messages(connection: socket.socket, ends: float | None, server: _Server) ->
             for message in filter(None, map(parsed, lines)):
                 ended = ended or "ended" in message
                 yield message
-    if not ended and server.process.poll() is not None:
+    if ended:
+        return
+    with suppress(subprocess.TimeoutExpired):  # its connections close a moment before it is gone
+        server.process.wait(PATIENCE)
         server.said.seek(0)
         said = server.said.read().decode(errors="replace")
         yield {"ended": {"code": server.process.returncode, "output": said}}
