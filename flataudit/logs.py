@@ -52,6 +52,19 @@ def listen() -> None:
 
 
 @contextmanager
+def stages_unsaid() -> Iterator[None]:
+    """Warnings only, unless FLATAUDIT_LOG asks: where a table says what came of the stages."""
+    package = logging.getLogger("flataudit")
+    before = package.level
+    if log_format() is None:
+        package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(before)
+
+
+@contextmanager
 def stage(name: str, uri: str) -> Iterator[dict[str, Any]]:
     """Logs the start and the end of a stage; what the block puts into the mapping ends the line.
 

@@ -112,3 +112,15 @@ def test_the_stages_of_a_real_audit(lines, monkeypatch, tmp_path):
     assert metrics[keys.LOAD_SECONDS] > 0
     on_model = MlflowClient(models.uri).get_logged_model(found["report"]["model"]["model_id"])
     assert not {keys.PEAK_BYTES, keys.ESTIMATE_SECONDS} & {m.key for m in on_model.metrics}
+
+
+def test_unsaid_for_a_while(lines, monkeypatch):
+    package = logging.getLogger("flataudit")
+    with logs.stages_unsaid(), stage("log", "models:/net/1"):
+        pass
+    assert lines() == []
+    assert package.level == logging.INFO  # as `lines` set it
+    monkeypatch.setenv(logs.VARIABLE, "text")
+    with logs.stages_unsaid(), stage("log", "models:/net/1"):
+        pass
+    assert len(lines()) == 2

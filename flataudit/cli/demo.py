@@ -14,6 +14,8 @@ def demo(
     ] = "flataudit-store",
 ) -> None:
     """Train, register and audit three small networks on real digits; compare with the truth."""
+    from flataudit.logs import stages_unsaid
     from flows.demo import run_demo
 
-    run_demo(Path(folder))
+    with stages_unsaid():
+        run_demo(Path(folder))
