@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flataudit.cli.output import StageDisplay, check_writable, number, write_whole
+from flataudit.cli.options import DEVICE, MODEL_URI, TARGET, TRACKING, json_file_option
+from flataudit.cli.output import StageDisplay, check_writable, number, written
 
 
 def audit(
-    model_uri: Annotated[
-        str,
-        typer.Argument(
-            help="models:/name/version, models:/name@alias, models:/m-id, runs:/id/path or a"
-            " local MLflow model folder",
-            show_default=False,
-        ),
-    ],
+    model_uri: Annotated[str, MODEL_URI],
     train: Annotated[
         str,
         typer.Option(
@@ -31,7 +24,7 @@ def audit(
     heldout: Annotated[
         str, typer.Option(help="data never used in training: judges calibration")
     ] = "",
-    target: Annotated[str, typer.Option(help="target column of tables")] = "",
+    target: Annotated[str, TARGET] = "",
     family: Annotated[
         str, typer.Option(help="auto, categorical, bernoulli, gaussian or poisson")
     ] = "",
@@ -47,7 +40,7 @@ def audit(
             help="auto, primal or dual (exact), sampling or lanczos (matrix-free), kfac (rough)"
         ),
     ] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "",
+    device: Annotated[str, DEVICE] = "",
     sensitivity: Annotated[
         str, typer.Option(help="estimates at a third and three times the penalty: auto, on or off")
     ] = "",
@@ -58,9 +51,7 @@ def audit(
         ),
     ] = "",
     config: Annotated[str, typer.Option(help="YAML file of options; the command line wins")] = "",
-    json_file: Annotated[
-        str, typer.Option("--json", help="write the report as JSON to FILE, or - for stdout")
-    ] = "",
+    json_file: Annotated[str, json_file_option("report")] = "",
     no_log: Annotated[bool, typer.Option("--no-log", help="write nothing to MLflow")] = False,
     deadline: Annotated[
         float | None, typer.Option(help="seconds after which the audit is stopped (default: a day)")
@@ -75,9 +66,7 @@ def audit(
             " FLATAUDIT_MEMORY_LIMIT, else none)"
         ),
     ] = "",
-    tracking_uri: Annotated[
-        str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-    ] = "",
+    tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Predict a model's generalization gap and log it, with its confidence, to MLflow."""
     from flataudit.config import make_options, read_options
@@ -103,8 +92,7 @@ def audit(
     }
     given = {key: value for key, value in given.items() if value not in (None, "")}
     options = make_options({**from_file, **given}, "the options")
-    if json_file not in ("", "-"):
-        check_writable(Path(json_file))
+    check_writable(json_file)
     prestart()
     with StageDisplay() as show:
         stages = Stages(estimate=lambda loaded, values: estimate(loaded, values, show.stage))
@@ -112,12 +100,8 @@ def audit(
             model_uri, train, heldout or None, options, stages=stages, write=not no_log
         )
     report = result["report"]
-    text = json.dumps(report, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
+    if written(report, json_file):
         return
-    if json_file:
-        write_whole(Path(json_file), text + "\n")
     print(terminal.render(report))
     if result["run_id"]:
         print(f"\nlogged to MLflow: run {result['run_id']} in experiment flataudit")

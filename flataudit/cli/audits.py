@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flataudit.cli.output import check_writable, write_whole
+from flataudit.cli.options import MODEL, TRACKING, json_file_option
+from flataudit.cli.output import check_writable, table_console, write_whole, written
 
 if TYPE_CHECKING:
     from flataudit.audits import PastAudit
@@ -18,33 +19,27 @@ if TYPE_CHECKING:
 audits = typer.Typer(
     help="Past audits: list, show, export.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-MODEL = typer.Option(help="one registered model (default: all)")
-TRACKING = typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-JSON = typer.Option("--json", help="write the result as JSON to FILE, or - for stdout")
 
 
 @audits.command("list")
 def list_audits(
     model: Annotated[str, MODEL] = "",
     limit: Annotated[int, typer.Option(help="at most so many, newest first; 0: all", min=0)] = 20,
-    json_file: Annotated[str, JSON] = "",
+    json_file: Annotated[str, json_file_option()] = "",
     tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """List audits by model, newest first, with the change of the gap since the one before."""
     found, changes = _read(model, tracking_uri)
     rows = [_values(a, c) for a, c in zip(found, changes, strict=True)][: limit or None]
-    if _written(rows, json_file):
+    if written(rows, json_file):
         return
     if not rows:
         print("no audits" + (f" of {model}" if model else "") + "; see flataudit audit --help")
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 170  # whole run ids, for who copies them
+    console = table_console(width=170)  # whole run ids, for who copies them
     table = Table(box=None, pad_edge=False)
     for column in ("audited (UTC)", "model", "verdict", "gap", "change", "predicted loss",
                    "accuracy", "rely on it", "observed gap", "run"):  # fmt: skip
@@ -63,7 +58,7 @@ def show(
         str,
         typer.Argument(help="an audit run's id, or a model: its latest audit", show_default=False),
     ],
-    json_file: Annotated[str, JSON] = "",
+    json_file: Annotated[str, json_file_option()] = "",
     tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Show one past audit's report."""
@@ -72,13 +67,12 @@ def show(
     from flataudit.report import terminal
     from flataudit.store import use_tracking
 
-    if json_file not in ("", "-"):
-        check_writable(Path(json_file))
+    check_writable(json_file)
     use_tracking(tracking_uri or None)
     is_uri = ":" in what or "/" in what
     audit = required_audit(identify(what)) if is_uri else audit_of_run(what)
     report = read_report(audit)
-    if _written(report, json_file):
+    if written(report, json_file):
         return
     print(f"audit run {audit.run_id}, {audit.audited_at}\n")
     print(terminal.render(report))
@@ -96,12 +90,12 @@ def export(
     suffix = Path(file).suffix.lower()
     if suffix not in (".json", ".csv"):
         raise InputError(f"expected FILE.json or FILE.csv, got {file}; choose one of these")
-    check_writable(Path(file), "the argument")
+    check_writable(file, "the argument")
     found, changes = _read(model, tracking_uri)
     rows = [_values(a, c) for a, c in zip(found, changes, strict=True)]
     as_json = suffix == ".json"
     text = json.dumps(rows, indent=1, allow_nan=False) + "\n" if as_json else _csv(rows)
-    write_whole(Path(file), text, "the argument")
+    write_whole(file, text, "the argument")
     print(f"{len(rows)} audits in {file}")
 
 
@@ -116,17 +110,6 @@ def _read(model: str, tracking_uri: str) -> tuple[list[PastAudit], list[float | 
 
 def _values(audit: PastAudit, change: float | None) -> dict[str, Any]:
     return audit.to_dict() | {"gap_change": change}
-
-
-def _written(value: Any, json_file: str) -> bool:
-    """Writes JSON where asked to; whether it went to stdout, so that nothing else may."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
-        return True
-    if json_file:
-        write_whole(Path(json_file), text + "\n")
-    return False
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

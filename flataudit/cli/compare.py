@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flataudit.cli.output import check_writable, write_whole
+from flataudit.cli.options import TRACKING, json_file_option
+from flataudit.cli.output import check_writable, table_console, write_whole, written
 
 
 def compare(
     first: Annotated[str, typer.Argument(help="a model, as for audit", show_default=False)],
     second: Annotated[str, typer.Argument(help="another model", show_default=False)],
     html: Annotated[str, typer.Option(help="write the comparison as a page to FILE")] = "",
-    json_file: Annotated[
-        str, typer.Option("--json", help="write it as JSON to FILE, or - for stdout")
-    ] = "",
-    tracking_uri: Annotated[
-        str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-    ] = "",
+    json_file: Annotated[str, json_file_option()] = "",
+    tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Put the latest audits of two versions side by side, and say which is predicted better."""
     from flataudit.audits import read_report, required_audit
@@ -30,32 +25,23 @@ def compare(
     from flataudit.store import use_tracking
 
     for option, file in (("--html", html), ("--json", json_file)):
-        if file not in ("", "-"):
-            check_writable(Path(file), option)
+        check_writable(file, option)
     use_tracking(tracking_uri or None)
     audits = [required_audit(identify(uri)) for uri in (first, second)]
     reports = [read_report(audit) for audit in audits]
     found = comparison.compare(reports[0], reports[1], (audits[0].uri, audits[1].uri))
     found["audit_run_ids"] = [audit.run_id for audit in audits]
     if html:
-        write_whole(Path(html), comparison.render_html(found), "--html")
-    text = json.dumps(found, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
-        return
-    if json_file:
-        write_whole(Path(json_file), text + "\n")
-    _show(found)
+        write_whole(html, comparison.render_html(found), "--html")
+    if not written(found, json_file):
+        _show(found)
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 110
+    console = table_console()
     table = Table(box=None, pad_edge=False)
     for column in ("", *found["names"]):
         table.add_column(escape(column), overflow="fold")

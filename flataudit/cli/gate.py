@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flataudit.cli.output import StageDisplay, check_writable, number, write_whole
+from flataudit.cli.options import MODEL_URI, TRACKING, json_file_option
+from flataudit.cli.output import StageDisplay, check_writable, number, table_console, written
 
 if TYPE_CHECKING:
     from flataudit.gate import Decision
 
 
 def gate(
-    model_uri: Annotated[
-        str,
-        typer.Argument(
-            help="models:/name/version, models:/name@alias, models:/m-id, runs:/id/path or a"
-            " local MLflow model folder",
-            show_default=False,
-        ),
-    ],
+    model_uri: Annotated[str, MODEL_URI],
     policy: Annotated[str, typer.Option(help="YAML file of rules", show_default=False)],
     alias: Annotated[
         str, typer.Option(help="alias that the version gets if it passes, else nothing is set")
@@ -34,9 +27,7 @@ def gate(
         str | None,
         typer.Option(help="let it pass all the same, for this reason; recorded with who and when"),
     ] = None,
-    json_file: Annotated[
-        str, typer.Option("--json", help="write the decision as JSON to FILE, or - for stdout")
-    ] = "",
+    json_file: Annotated[str, json_file_option("decision")] = "",
     train: Annotated[
         str,
         typer.Option(
@@ -49,9 +40,7 @@ def gate(
     penalty: Annotated[str, typer.Option(help="with --train: as for audit")] = "",
     config: Annotated[str, typer.Option(help="with --train: YAML file of audit options")] = "",
     deadline: Annotated[float | None, typer.Option(help="with --train: as for audit")] = None,
-    tracking_uri: Annotated[
-        str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-    ] = "",
+    tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Hold a model version's latest audit against a policy; exit 0 passed, 1 refused."""
     from flataudit.errors import InputError
@@ -72,8 +61,7 @@ def gate(
             f"expected --train beside --{given[0]}, got none; give the training data, or leave it"
             " out to decide on the stored audit"
         )
-    if json_file not in ("", "-"):
-        check_writable(Path(json_file))
+    check_writable(json_file)
     audit = None
     if train:
         from flataudit.config import make_options, read_options
@@ -92,30 +80,23 @@ def gate(
             policy_file=policy,
             tracking_uri=tracking_uri or None,
         )
-    text = json.dumps(decision.to_dict(), indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
-    elif json_file:
-        write_whole(Path(json_file), text + "\n")
+    on_stdout = written(decision.to_dict(), json_file)
     if decision.exit_code == 2:
         raise InputError(
             f"expected an audit of {decision.uri}, got none, so the gate refused; run flataudit"
             " audit first, or give --train"
         )
-    _show(decision, to_stderr=json_file == "-")
+    _show(decision, to_stderr=on_stdout)
     raise typer.Exit(decision.exit_code)
 
 
 def _show(decision: Decision, *, to_stderr: bool) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from flataudit.records import override_text
 
-    console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 110
+    console = table_console(stderr=to_stderr)
     head, style = _headline(decision)
     console.print(f"[{style}]{escape(head)}[/]")
     table = Table(box=None, pad_edge=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flataudit.cli.output import StageDisplay, check_writable, write_whole
-
-TRACKING = typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-JSON = typer.Option("--json", help="write the result as JSON to FILE, or - for stdout")
+from flataudit.cli.options import DEVICE, MODEL, TARGET, TRACKING, json_file_option
+from flataudit.cli.output import (
+    StageDisplay,
+    check_writable,
+    table_console,
+    write_whole,
+    written,
+)
 
 
 def observe(
@@ -23,20 +26,19 @@ def observe(
             show_default=False,
         ),
     ],
-    target: Annotated[str, typer.Option(help="target column of tables")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    target: Annotated[str, TARGET] = "",
+    device: Annotated[str, DEVICE] = "auto",
     audit_run: Annotated[
         str, typer.Option(help="an older audit run of the model (default: its latest)")
     ] = "",
-    json_file: Annotated[str, JSON] = "",
+    json_file: Annotated[str, json_file_option()] = "",
     tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Measure the held-out loss of an audited model; log the observed gap beside the prediction."""
     from flataudit.observe import observe as run
     from flataudit.report import words
 
-    if json_file not in ("", "-"):
-        check_writable(Path(json_file))
+    check_writable(json_file)
     with StageDisplay():
         found = run(
             model_uri,
@@ -46,12 +48,8 @@ def observe(
             audit_run_id=audit_run or None,
             tracking_uri=tracking_uri or None,
         )
-    text = json.dumps(found, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
+    if written(found, json_file):
         return
-    if json_file:
-        write_whole(Path(json_file), text + "\n")
     seen, predicted = found["observed"], found["predicted"]
     gap = words.interval(predicted["gap"], predicted["low"], predicted["high"])
     print(
@@ -67,8 +65,8 @@ def observe(
 
 
 def track_record(
-    model: Annotated[str, typer.Option(help="one registered model (default: all)")] = "",
-    json_file: Annotated[str, JSON] = "",
+    model: Annotated[str, MODEL] = "",
+    json_file: Annotated[str, json_file_option()] = "",
     plot: Annotated[str, typer.Option(help="draw it into FILE.png or FILE.svg")] = "",
     tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
@@ -82,28 +80,20 @@ def track_record(
     if plot and kind not in ("png", "svg"):
         raise InputError(f"expected --plot FILE.png or FILE.svg, got {plot}; choose one of these")
     for option, file in (("--json", json_file), ("--plot", plot)):
-        if file not in ("", "-"):
-            check_writable(Path(file), option)
+        check_writable(file, option)
     use_tracking(tracking_uri or None)
     record = summarise(read_outcomes(model or None))
     if plot:
-        write_whole(Path(plot), report.draw(record, kind), "--plot")
-    text = json.dumps(record, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
+        write_whole(plot, report.draw(record, kind), "--plot")
+    if written(record, json_file):
         return
-    if json_file:
-        write_whole(Path(json_file), text + "\n")
     print(report.headline(record))
     if not record["groups"]:
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 110
+    console = table_console()
     table = Table(box=None, pad_edge=False)
     heads = ("", "gaps", "as predicted", "95 % interval", "observed - predicted", "rmse")
     for index, column in enumerate(heads):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flataudit.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 110  # characters of a table where it is not a terminal that says so
 
 
 def number(text: str) -> float | str:
@@ -17,8 +23,14 @@ def number(text: str) -> float | str:
         return text
 
 
-def check_writable(path: Path, option: str = "--json") -> None:
-    """InputError, before any work, where nothing could be written to `path`."""
+def check_writable(file: str, option: str = "--json") -> None:
+    """InputError, before any work, where `file` could not be written.
+
+    Nothing to check without one, or for - (stdout).
+    """
+    if file in ("", "-"):
+        return
+    path = Path(file)
     if path.is_dir():
         raise InputError(
             f"expected {option} to name a file, got the folder {path}; name a file in it"
@@ -31,14 +43,36 @@ def check_writable(path: Path, option: str = "--json") -> None:
         raise _not_writable(path, error, option) from None
 
 
-def write_whole(path: Path, content: str | bytes, option: str = "--json") -> None:
+def write_whole(file: str, content: str | bytes, option: str = "--json") -> None:
     """Writes text or bytes as a whole, or leaves what was there; InputError if it cannot."""
+    path = Path(file)
     data = content.encode() if isinstance(content, str) else content
     try:
         _part(path).write_bytes(data)
         os.replace(_part(path), path)
     except OSError as error:
         raise _not_writable(path, error, option) from None
+
+
+def written(value: Any, json_file: str) -> bool:
+    """Writes JSON where `--json` asks; whether it went to stdout, so that nothing else may."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    if json_file == "-":
+        print(text)
+        return True
+    if json_file:
+        write_whole(json_file, text + "\n")
+    return False
+
+
+def table_console(*, width: int = WIDTH, stderr: bool = False, soft_wrap: bool = True) -> Console:
+    """Where a table is printed: as wide as the terminal, else `width` characters."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=soft_wrap)
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 def _part(path: Path) -> Path:

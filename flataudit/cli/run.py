@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flataudit.cli.output import StageDisplay, check_writable, write_whole
+from flataudit.cli.options import TRACKING, json_file_option
+from flataudit.cli.output import StageDisplay, check_writable, table_console, written
 
 if TYPE_CHECKING:
     from flataudit.pipeline import Pipeline
 
 Json = dict[str, Any]
-
-WIDTH = 110  # characters of the table where it is not a terminal that says so
 
 
 def run(
@@ -28,32 +26,22 @@ def run(
         bool,
         typer.Option("--dry-run", help="print what would be audited, its size and about how long"),
     ] = False,
-    json_file: Annotated[
-        str, typer.Option("--json", help="write the result as JSON to FILE, or - for stdout")
-    ] = "",
-    tracking_uri: Annotated[
-        str, typer.Option(help="MLflow store (default: MLFLOW_TRACKING_URI, else a local folder)")
-    ] = "",
+    json_file: Annotated[str, json_file_option()] = "",
+    tracking_uri: Annotated[str, TRACKING] = "",
 ) -> None:
     """Run standing audits through their Prefect flow: every version that each file matches."""
     from flataudit.pipeline import check_names, read_pipeline
 
     pipelines = {path: read_pipeline(path) for path in files}
     check_names(pipelines)
-    if json_file not in ("", "-"):
-        check_writable(Path(json_file))
+    check_writable(json_file)
     if tracking_uri:
         # Audits may run in other processes; those of this machine inherit the variable.
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     results = [(_plan if dry_run else _sweep)(pipeline) for pipeline in pipelines.values()]
-    text = json.dumps(results, indent=2, allow_nan=False)
-    if json_file == "-":
-        print(text)
-    else:
+    if not written(results, json_file):
         for result in results:
             _show(result, dry_run)
-        if json_file:
-            write_whole(Path(json_file), text + "\n")
     if any(row["state"] == "failed" for result in results for row in result["rows"]):
         raise typer.Exit(3)
 
@@ -116,12 +104,9 @@ def _planned(uri: str, pipeline: Pipeline) -> Json:
 
 def _show(result: Json, dry_run: bool) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = table_console(soft_wrap=False)
     counts = _counts(result["rows"])
     head = f"{result['pipeline']}: {counts}"
     if result.get("next_run"):
