@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from flataudit.errors import InputError
+from flataudit.errors import InputError, first_of
 from flataudit.labels import text_labels, with_indices
 from flataudit.store import one_line, scratch_folder, store_errors
 
@@ -319,7 +319,8 @@ def _from_table(
     if target is None or target not in names:
         got = "no --target" if target is None else f"--target {target}"
         raise InputError(
-            f"expected --target to name a column of {path}, got {got}; choose from: {_few(names)}"
+            f"expected --target to name a column of {path}, got {got}; choose from:"
+            f" {first_of(names)}"
         )
     if slices in names and slices != target and not is_numeric_dtype(frame[slices].dtype):
         frame = frame.drop(columns=slices)
@@ -333,8 +334,8 @@ def _from_table(
     text = [name for name in names if name != target and not is_numeric_dtype(frame[name].dtype)]
     if text and not as_table:
         raise InputError(
-            f"expected numbers in {path}, got text or dates in {_few(text)}; encode these columns"
-            " as the model's training did, or drop them"
+            f"expected numbers in {path}, got text or dates in {first_of(text)}; encode these"
+            " columns as the model's training did, or drop them"
         )
     x = frame.drop(columns=target)
     if not as_table:
@@ -423,8 +424,3 @@ def _as_array(value: Any, name: str) -> Array:
             f"expected numbers for {name}, got dtype {array.dtype}; encode text and objects"
         )
     return array
-
-
-def _few(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

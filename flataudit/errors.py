@@ -6,6 +6,8 @@ Every message is one line that says what was expected, what was found and what t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 # Control characters, and those that turn the direction of what follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -27,6 +29,16 @@ def printable(line: str) -> str:
     model \\x1b[31mred
     """
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
+
+
+def first_of(names: Any, limit: int = 8, each: Callable[[Any], str] = str) -> str:
+    """The first of a list or array of names, as `each` writes them, and how many more there are.
+
+    >>> first_of(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(each, names[:limit])) + more
 
 
 class InputError(FlatauditError, ValueError):

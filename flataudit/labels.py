@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flataudit.errors import InputError
+from flataudit.errors import InputError, first_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,8 +118,7 @@ def with_indices(
 
 def few(names: Sequence[Any] | NDArray[Any], limit: int = 8) -> str:
     """The first names in quotes, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(str(name)) for name in names[:limit]) + more
+    return first_of(names, limit, lambda name: repr(str(name)))
 
 
 def _labels_of(data: Any) -> NDArray[np.str_] | None:

@@ -29,6 +29,7 @@ from flataudit.pipeline import Models, Pipeline
 from flataudit.retries import patient
 from flataudit.store import ensure_experiment, store_errors
 from flataudit.tracking import policy_hash
+from flataudit.versions import quoted, search_versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +41,6 @@ Json = dict[str, Any]
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI shows the audits below their sweep
 PIPELINE_TAG = "flataudit.pipeline"  # on a sweep's run and on its audits'
 TABLE = "flataudit/sweep.json"  # artifact of a sweep's run
-PAGE = 1000  # versions or runs per request
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +95,10 @@ def audited_run(key: str, source: ModelSource) -> str | None:
     """
     with store_errors(f"look for an earlier audit of {source.uri}"):
         client = _client()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
+        finished = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+        run = _newest_run(client, source, finished)
+        if run is None:
             return None
-        runs = client.search_runs(
-            [experiment.experiment_id],
-            f"tags.`{KEY_TAG}` = '{key}' and tags.`{URI_TAG}` = {_quoted(source.uri)}"
-            " and attributes.status = 'FINISHED'",
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        if not runs:
-            return None
-        run = runs[0]
         if source.kind == "registry":
             tags = client.get_model_version(str(source.name), str(source.version)).tags
             if _unwritten(tags, run) or tags.get(VERDICT, "error") == "error":
@@ -126,18 +117,9 @@ def broken_off(key: str, source: ModelSource) -> str | None:
     """
     with store_errors(f"look for an earlier audit of {source.uri}"):
         client = _client()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
+        run = _newest_run(client, source)
+        if run is None or run.data.tags.get(KEY_TAG) != key:
             return None
-        runs = client.search_runs(
-            [experiment.experiment_id],
-            f"tags.`{URI_TAG}` = {_quoted(source.uri)}",
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        if not runs or runs[0].data.tags.get(KEY_TAG) != key:
-            return None
-        (run,) = runs
         audit_id = run.data.tags.get(AUDIT_ID)
         if audit_id is None or audit_id.endswith("-error"):
             return None
@@ -147,6 +129,21 @@ def broken_off(key: str, source: ModelSource) -> str | None:
             tags = client.get_model_version(str(source.name), str(source.version)).tags
             return str(audit_id) if _unwritten(tags, run) else None
         return str(audit_id)
+
+
+def _newest_run(client: MlflowClient, source: ModelSource, more: str = "") -> Run | None:
+    """The audit run of this model that was begun last, of those that also match `more`."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    this_model = f"tags.`{URI_TAG}` = {quoted(source.uri)}"
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"{this_model} and {more}" if more else this_model,
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
+    return runs[0] if runs else None
 
 
 def _unwritten(tags: Mapping[str, str], run: Run) -> bool:
@@ -251,16 +248,12 @@ def _search(client: MlflowClient, pattern: str) -> Iterator[ModelVersion]:
     """All versions of the models whose name matches; LIKE narrows, fnmatch decides."""
     if re.search(r"[*?\[]", pattern):
         like = re.sub(r"\[[^\]]*\]|\*+", "%", pattern).replace("?", "_")
-        query = f"name LIKE {_quoted(like)}"
+        query = f"name LIKE {quoted(like)}"
     else:
-        query = f"name = {_quoted(pattern)}"
-    token = None
-    while True:
-        page = client.search_model_versions(query, max_results=PAGE, page_token=token)
-        yield from (v for v in page if v.name == pattern or fnmatchcase(v.name, pattern))
-        token = page.token
-        if not token:
-            return
+        query = f"name = {quoted(pattern)}"
+    for version in search_versions(client, query):
+        if version.name == pattern or fnmatchcase(version.name, pattern):
+            yield version
 
 
 def _chosen(
@@ -302,17 +295,6 @@ def _identity(client: MlflowClient, version: ModelVersion) -> str:
         if copied is None:  # as MLflow 2 registers: the files have to be looked at
             return resolve(f"models:/{version.name}/{version.version}").identity
         seen = client.get_model_version(copied[1], copied[2])
-
-
-def _quoted(text: str) -> str:
-    if "'" not in text:
-        return f"'{text}'"
-    if '"' not in text:
-        return f'"{text}"'
-    raise InputError(
-        f"expected a model's name with one kind of quotes, got {text!r}; MLflow's search cannot"
-        " write both: rename the model"
-    )
 
 
 def _client() -> MlflowClient:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from flataudit.errors import printable
+from flataudit.errors import InputError, first_of, printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +28,7 @@ _HEAD = (
 )
 _PLAIN = re.compile(r"[\w .,+:\[\]\N{EN DASH}-]*")  # says what it says in a markdown table
 _RUN_LINK = re.compile(r"\(<(#/experiments/[^>\s]+)>\)")
+PAGE = 1000  # versions per request
 _ROUNDS = 20  # of writing the table, where other audits end at the same time
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,29 @@ def _set_on_version(
         raise
 
 
+def search_versions(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
+    """All versions that match MLflow's filter, page by page."""
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(query, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def quoted(text: str) -> str:
+    """A name as a value in MLflow's filters; InputError where they cannot write it."""
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' not in text:
+        return f'"{text}"'
+    raise InputError(
+        f"expected a model's name with one kind of quotes, got {text!r}; MLflow's search cannot"
+        " write both: rename the model"
+    )
+
+
 # --- the registered model's table ---------------------------------------------------------------
 
 
@@ -163,7 +187,7 @@ def update_model_table(client: MlflowClient, source: ModelSource) -> None:
     name = str(source.name)
     try:
         for _ in range(_ROUNDS):
-            versions = _all_versions(client, name)
+            versions = search_versions(client, f"name = {quoted(name)}")
             before = client.get_registered_model(name).description or ""
             wanted = merge_table(before, versions)
             if wanted == before:
@@ -188,7 +212,7 @@ def merge_table(old: str, versions: Iterable[ModelVersion]) -> str:
     if not rows:
         return _without_block(old)
     missing = [str(version.version) for version in ordered if not _audited(version)]
-    rest = f"\n\nNot audited: {_first(missing)}." if missing else ""
+    rest = f"\n\nNot audited: {first_of(missing, 10)}." if missing else ""
     for shown in range(len(rows), 0, -1):
         lines = [TITLE, "", _HEAD, *rows[:shown]]
         if shown < len(rows):
@@ -226,23 +250,6 @@ def _table_row(version: ModelVersion) -> str:
 
 def _audited(version: ModelVersion) -> bool:
     return bool(version.tags.get("flataudit.verdict"))
-
-
-def _all_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    quote = '"' if "'" in name else "'"
-    found: list[ModelVersion] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
-def _first(names: list[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _without_block(text: str) -> str:
