@@ -29,7 +29,7 @@ from flataudit.pipeline import Models, Pipeline
 from flataudit.retries import patient
 from flataudit.store import ensure_experiment, store_errors
 from flataudit.tracking import policy_hash
-from flataudit.versions import quoted, search_versions
+from flataudit.versions import markdown_cell, quoted, search_versions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -234,8 +234,9 @@ def markdown(rows: list[Json], limit: int = 25) -> str:
         gap = (
             "" if row["gap"] is None else f"{row['gap']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
         )
-        told = (row["error"] or row["verdict"] or "")[:150].replace("|", "/")
-        lines.append(f"| {row['model']} | {row['state']} | {told} | {gap} |")
+        told = (row["error"] or row["verdict"] or "").replace("|", "/")
+        model, told = markdown_cell(row["model"], 150), markdown_cell(told, 150)
+        lines.append(f"| {model} | {row['state']} | {told} | {gap} |")
     if len(rows) > limit:
         lines.append(f"\n{len(rows) - limit} more in {TABLE}.")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from flataudit import tracking
+from flataudit import sweeps, tracking
 from flataudit.config import AuditOptions
 from flataudit.errors import DeadlineError, FlatauditError, InputError
 from flataudit.models.registry import resolve
@@ -151,6 +151,19 @@ def test_a_failure_s_words_are_escaped_in_the_description(audited, kind):
     assert "<" not in words
     assert "http:" not in words
     assert description.count(END) == description.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_sweep_s_table_has_names_and_errors_as_text(kind):
+    empty = dict.fromkeys(("verdict", "gap", "low", "high"))
+    name, error = f"models:/{NAMES[kind]}/1", f"expected {NAMES[kind]}"
+    table = sweeps.markdown([{"model": name, "state": "failed", "error": error} | empty])
+    head, rule, row = table.splitlines()
+    assert len(re.findall(r"(?<!\\)\|", row)) == head.count("|") == rule.count("|")
+    cells = row.partition("|")[2]
+    assert not re.search(r"(?<!\\)[\[\]`*#]", cells)
+    assert "<" not in cells
+    assert row.isprintable()
 
 
 def test_plain_text_reads_the_same_once_rendered():
