@@ -69,25 +69,17 @@ def key_of(loaded: Json, options: AuditOptions) -> str:
 
 def inputs_here(request: Json, progress: stages.Progress) -> Json:
     """{data: sha256 by use, training: the record, None without one}, read in this process."""
-    from flataudit.columns import own_column
-    from flataudit.data import digest_of, load_data
-    from flataudit.models.registry import training_record
-    from flataudit.store import use_tracking
+    from flataudit.data import digest_of
 
     loaded, chosen = request["loaded"], AuditOptions(**request["options"])
-    use_tracking(chosen.tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
-    own = own_column(chosen.slices)
-    data: dict[str, str | None] = {"train": None, "heldout": None}
-    training = loaded["training"]
-    for use, spec in ((use, loaded[use]) for use in data):
-        if spec is None:
-            continue
-        found = load_data(spec, target=chosen.target, source=source, slices=own)
-        data[use] = digest_of(*found.pair)
-        if use == "train" and chosen.training == "auto":
-            record, _ = training_record(source, len(found.y))
-            training = None if record is None else record.to_record()
+    source = stages.open_source(loaded, chosen)
+    train = stages.read_data(loaded["train"], chosen, source)
+    heldout = stages.read_data(loaded["heldout"], chosen, source) if loaded["heldout"] else None
+    training, _ = stages.read_record(loaded, chosen, source, len(train.y))
+    data = {
+        "train": digest_of(*train.pair),
+        "heldout": None if heldout is None else digest_of(*heldout.pair),
+    }
     return {"data": data, "training": training}
 
 

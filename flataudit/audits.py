@@ -90,19 +90,24 @@ def past_audits(
     Raises:
         StoreError: MLflow cannot be read.
     """
-    terms = []
-    if name is not None and _PLAIN.fullmatch(name):
-        terms.append(f"tags.`{keys.URI_TAG}` LIKE 'models:/{name}/%'")
+    terms = [model_filter(name)] if name is not None else []
     if identity is not None and _PLAIN.fullmatch(identity):
         terms.append(f"tags.`{keys.MODEL_ID}` = '{identity}'")
     found = (
         audit
-        for audit in map(_past_audit, search_runs(keys.EXPERIMENT, " and ".join(terms)))
+        for audit in map(
+            _past_audit, search_runs(keys.EXPERIMENT, " and ".join(filter(None, terms)))
+        )
         if audit is not None
         and (name is None or audit.name == name)
         and (identity is None or audit.identity == identity)
     )
     return list(islice(found, limit))
+
+
+def model_filter(name: str) -> str:
+    """Narrows a search to the runs of one registered model; more may be found, never fewer."""
+    return f"tags.`{keys.URI_TAG}` LIKE 'models:/{name}/%'" if _PLAIN.fullmatch(name) else ""
 
 
 def latest_audit(identity: str) -> PastAudit | None:

@@ -68,22 +68,15 @@ def plan_audit(loaded: Json, options: AuditOptions) -> Plan:
 
 def plan_here(request: Json, progress: stages.Progress) -> Json:
     """`plan_audit` in this process: the model's code runs here."""
-    from flataudit.columns import own_column
-    from flataudit.data import load_data
     from flataudit.models.classes import class_names
-    from flataudit.models.registry import ModelSource, load_model, training_record
-    from flataudit.store import use_tracking
+    from flataudit.models.registry import load_model
 
     started = time.perf_counter()
     loaded, options = request["loaded"], AuditOptions(**request["options"])
-    use_tracking(options.tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
+    source = stages.open_source(loaded, options)
     model = load_model(source)
-    own = own_column(options.slices)
-    data = load_data(loaded["train"], target=options.target, source=source, slices=own)
-    recorded = loaded["training"] is not None
-    if options.training == "auto":
-        recorded = training_record(source, len(data.y))[0] is not None
+    data = stages.read_data(loaded["train"], options, source)
+    recorded = stages.read_record(loaded, options, source, len(data.y))[0] is not None
     classes = class_names(source, model) if data.y.dtype.kind == "U" else None
     subject = as_network(model, data.pair, None, options.family)
     problem = _problem(subject, classes, options)

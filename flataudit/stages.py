@@ -12,12 +12,16 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flataudit import isolation, keys
 from flataudit.config import AuditOptions, make_options
 from flataudit.errors import AuditFailedError, FlatauditError, InputError, StoreError
 from flataudit.logs import stage
+
+if TYPE_CHECKING:
+    from flataudit.data import Dataset
+    from flataudit.models.registry import ModelSource
 
 Json = dict[str, Any]
 Progress = Callable[..., None]
@@ -156,11 +160,8 @@ def in_child(
 def log(loaded: Json, result: Json, options: Json) -> str:
     """Writes run, metrics, artifacts and, last, the version's verdict; returns the run id."""
     from flataudit import tracking
-    from flataudit.models.registry import ModelSource
-    from flataudit.store import use_tracking
 
-    use_tracking(AuditOptions(**options).tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
+    source = open_source(loaded, AuditOptions(**options))
     with stage("log", source.uri) as told:
         run_id = tracking.log_audit(
             result["report"],
@@ -171,6 +172,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
             resources={keys.LOAD_SECONDS: loaded.get("seconds"), **result.get("resources", {})},
             run_tags=loaded.get("run_tags"),
             audit_id=loaded.get("audit_id"),
+            history=result.get("history"),
         )
         told["run_id"] = run_id
     return run_id
@@ -179,11 +181,8 @@ def log(loaded: Json, result: Json, options: Json) -> str:
 def log_failure(loaded: Json, error: str, options: Json) -> None:
     """Records that the audit failed: an error run and the verdict `error`."""
     from flataudit import tracking
-    from flataudit.models.registry import ModelSource
-    from flataudit.store import use_tracking
 
-    use_tracking(AuditOptions(**options).tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
+    source = open_source(loaded, AuditOptions(**options))
     asked, tags = _asked(loaded, options), loaded.get("run_tags")
     tracking.log_error(source, error, options=asked, run_tags=tags, audit_id=loaded.get("audit_id"))
 
@@ -227,23 +226,32 @@ def run_audit(
         if write:
             log_failure(loaded, str(failure), values)
         raise failure from error
-    result = _compared(loaded, result, options)
-    run_id = stages.log(loaded, result, values) if write else None
+    history = _history(loaded, options)
+    result = _compared(result, history)
+    run_id = stages.log(loaded, {**result, "history": history}, values) if write else None
     return {**result, "run_id": run_id}
 
 
-def _compared(loaded: Json, result: Json, options: AuditOptions) -> Json:
-    """The result with the warning of a regression against the registered model's last audit."""
+def _history(loaded: Json, options: AuditOptions) -> list[Json]:
+    """The earlier audits of the registered model, newest first."""
     name = loaded["source"].get("name")
     if name is None:
-        return result
+        return []
     from flataudit.history import earlier_audits
-    from flataudit.regression import regression_warnings
     from flataudit.store import use_tracking
 
     use_tracking(options.tracking_uri)
+    return earlier_audits(name)
+
+
+def _compared(result: Json, history: list[Json]) -> Json:
+    """The result with the warning of a regression against the registered model's last audit."""
+    if not history:
+        return result
+    from flataudit.regression import regression_warnings
+
     report = result["report"]
-    found = regression_warnings(report, earlier_audits(name))
+    found = regression_warnings(report, history)
     return {**result, "report": {**report, "warnings": [*found, *report["warnings"]]}}
 
 
@@ -268,31 +276,55 @@ def _failed(error: Exception) -> AuditFailedError:
     )
 
 
+# --- in the child process -------------------------------------------------------------------------
+
+
+def open_source(loaded: Json, options: AuditOptions) -> ModelSource:
+    """The model that `load` found, with MLflow pointed at its store."""
+    from flataudit.models.registry import ModelSource
+    from flataudit.store import use_tracking
+
+    use_tracking(options.tracking_uri)
+    return ModelSource.from_dict(loaded["source"])
+
+
+def read_data(data: str, options: AuditOptions, source: ModelSource) -> Dataset:
+    """The data of that name, as these options mean it."""
+    from flataudit.columns import own_column
+    from flataudit.data import load_data
+
+    own = own_column(options.slices)
+    return load_data(data, target=options.target, source=source, slices=own)
+
+
+def read_record(
+    loaded: Json, options: AuditOptions, source: ModelSource, n_samples: int
+) -> tuple[Json | None, str]:
+    """The training record, given or read from the source run, and where it came from."""
+    from flataudit.models.registry import training_record
+
+    if options.training != "auto":
+        return loaded["training"], "argument"
+    record, origin = training_record(source, n_samples)
+    return None if record is None else record.to_record(), origin
+
+
 def estimate_here(asked: Json, progress: Progress) -> Json:
     """`estimate` in this process: the model's code runs here, and whatever it does stays done."""
     from flataudit.audit import audit
-    from flataudit.columns import own_column, read_slices
-    from flataudit.data import load_data
+    from flataudit.columns import read_slices
     from flataudit.memory import limited_to
     from flataudit.models.classes import class_names
-    from flataudit.models.registry import ModelSource, load_model, training_record
+    from flataudit.models.registry import load_model
     from flataudit.provenance import data_warnings
-    from flataudit.store import use_tracking
 
     started = time.perf_counter()
     loaded, chosen = asked["loaded"], AuditOptions(**asked["options"])
-    use_tracking(chosen.tracking_uri)
-    source = ModelSource.from_dict(loaded["source"])
+    source = open_source(loaded, chosen)
     model = load_model(source)
-    own = own_column(chosen.slices)
-    train = load_data(loaded["train"], target=chosen.target, source=source, slices=own)
-    heldout = None
-    if loaded["heldout"]:
-        heldout = load_data(loaded["heldout"], target=chosen.target, source=source, slices=own)
-    training, origin = loaded["training"], "argument"
-    if chosen.training == "auto":
-        record, origin = training_record(source, len(train.y))
-        training = None if record is None else record.to_record()
+    train = read_data(loaded["train"], chosen, source)
+    heldout = read_data(loaded["heldout"], chosen, source) if loaded["heldout"] else None
+    training, origin = read_record(loaded, chosen, source, len(train.y))
     classes = class_names(source, model) if train.y.dtype.kind == "U" else None
     stage = [""]
 

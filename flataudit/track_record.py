@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flataudit import keys
-from flataudit.audits import metric, past_audits, search_runs
+from flataudit.audits import metric, model_filter, parse_uri, past_audits, search_runs
 from flataudit.results import to_json
 
 Json = dict[str, Any]
@@ -124,7 +124,7 @@ def observed_gaps(name: str | None = None) -> dict[str, float]:
 def _observations(name: str | None) -> dict[str, Outcome]:
     """By audit run, the newest of each."""
     later: dict[str, Outcome] = {}
-    for run in search_runs(keys.OBSERVATIONS):
+    for run in search_runs(keys.OBSERVATIONS, "" if name is None else model_filter(name)):
         found = _observed(run)
         if found is not None and (name is None or found.name == name):
             later.setdefault(found.audit_run_id, found)
@@ -187,8 +187,6 @@ def _mean(values: Iterable[float]) -> float:
 
 def _observed(run: Any) -> Outcome | None:
     """What an observation's run says, None where its logging broke off."""
-    from flataudit.audits import parse_uri
-
     tags = run.data.tags
     names = (*(f"flataudit/{name}" for name in ("gap", "gap_low", "gap_high")),
              keys.OBSERVED_GAP, keys.OBSERVED_GAP_SE)  # fmt: skip

@@ -117,6 +117,7 @@ def log_audit(
     experiment: str = EXPERIMENT,
     run_tags: Mapping[str, str] | None = None,
     audit_id: str | None = None,
+    history: list[dict[str, Any]] | None = None,
 ) -> str:
     """Logs a finished audit and sets the model's verdict.
 
@@ -134,6 +135,7 @@ def log_audit(
             `mlflow.parentRunId`.
         audit_id: Of this audit. Where a run with it exists, logging broke off: that run is
             completed, and nothing in it is logged twice.
+        history: What `flataudit.history.earlier_audits` gave, where it was read already.
 
     Returns:
         The id of the audit run.
@@ -143,7 +145,8 @@ def log_audit(
             that could be written.
     """
     options = dict(options or {})
-    folder = _rendered(report, display, earlier_audits(source.name))
+    history = earlier_audits(source.name) if history is None else history
+    folder = _rendered(report, display, history)
     metrics = metrics_of(report)
     with _audit_run(source, options, experiment, run_tags, audit_id) as (client, run, link):
         run_id = str(run.info.run_id)

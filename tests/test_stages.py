@@ -479,3 +479,15 @@ def test_an_interrupted_audit_goes_on_from_its_checkpoint(models, tmp_path):
     for key in ("value", "low", "high"):
         assert found["gap"][key] == pytest.approx(expected["gap"][key], rel=1e-9)
     assert 0 < len(again) < len(seen)
+
+
+def test_the_history_is_read_once(models, monkeypatch):
+    """For the warning of a regression and for the report's page."""
+    import flataudit.history
+    import flataudit.tracking
+
+    reads, real = [], flataudit.history.earlier_audits
+    for module in (flataudit.history, flataudit.tracking):
+        monkeypatch.setattr(module, "earlier_audits", lambda name: reads.append(name) or real(name))
+    run_audit("models:/good/1", models.data, None, options(models, sensitivity=False))
+    assert reads == ["good"]
