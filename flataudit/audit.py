@@ -26,10 +26,10 @@ from torch import Tensor
 from flataudit import estimates as estimators
 from flataudit.calibration import is_saturated
 from flataudit.checkpoint import as_checkpoint
-from flataudit.curvature.problem import Problem, make_problem, predict
+from flataudit.curvature.problem import Problem, predict
 from flataudit.display import build_display
 from flataudit.errors import InputError, NumericalError
-from flataudit.families import Family, make_family
+from flataudit.families import Family
 from flataudit.fitting import PenalisedFit, penalised_fit
 from flataudit.inputs import Inputs
 from flataudit.judgement import (
@@ -40,10 +40,11 @@ from flataudit.judgement import (
     recalibration_scale,
     to_numpy,
 )
-from flataudit.labels import ClassNames, with_indices
-from flataudit.models.sklearn import Subject, as_network
-from flataudit.models.torch import PreparedModel, prepare
+from flataudit.labels import with_indices
+from flataudit.models.sklearn import as_network
+from flataudit.models.torch import PreparedModel
 from flataudit.penalty import PenaltyArgument
+from flataudit.preparation import prepared_problem
 from flataudit.results import (
     AuditReport,
     DataInfo,
@@ -68,7 +69,7 @@ from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
 from flataudit.slices import class_table, group_by, per_sample, slice_tables
 from flataudit.solvers import Checkpoint, Work, check_name
-from flataudit.tensors import as_pair, digest, resolve_device
+from flataudit.tensors import as_pair, digest
 from flataudit.training import parse_training
 
 LEVEL = 0.90
@@ -168,7 +169,14 @@ def audit(
     train, heldout, names, assumed = with_indices(subject.train, subject.heldout, classes)
     train = as_pair(train, "train")
     grouped = group_by(slices, len(train[1]))
-    prepared, problem = _problem(subject, train, names, dispersion, device, chunk_size)
+    prepared, problem = prepared_problem(
+        subject,
+        train,
+        names,
+        dispersion=_dispersion(dispersion),
+        device=device,
+        chunk_size=chunk_size,
+    )
     unseen = None if heldout is None else _unseen(heldout, train[0], prepared, problem, seed)
     varied = wants_sensitivity(sensitivity, problem)
 
@@ -310,27 +318,6 @@ def audit(
         classes=class_table(each, names),
         slices=slice_tables(grouped, each),
     )
-
-
-def _problem(
-    subject: Subject,
-    train: tuple[Inputs, Tensor],
-    names: ClassNames | None,
-    dispersion: float | str,
-    device: str,
-    chunk_size: int | None,
-) -> tuple[PreparedModel, Problem]:
-    """The prepared copy and the problem at its weights."""
-    where = resolve_device(device)
-    x, y = train
-    prepared = prepare(subject.model, x, where)
-    x = x.to(prepared.dtype, where)
-    n_outputs = predict(prepared.module, x[:2]).shape[1]
-    likelihood = make_family(subject.family, y, n_outputs, _dispersion(dispersion))
-    if names is not None:
-        names.check(n_outputs, likelihood.name)
-    y = likelihood.check(y, n_outputs).to(where)
-    return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size)
 
 
 def _unseen(

@@ -15,15 +15,14 @@ import torch
 from flataudit import penalty as penalties
 from flataudit import stages
 from flataudit.config import AuditOptions
-from flataudit.curvature.problem import Problem, make_problem, predict
-from flataudit.families import make_family
+from flataudit.curvature.problem import Problem
 from flataudit.labels import with_indices
 from flataudit.models.sklearn import Subject, as_network
-from flataudit.models.torch import prepare
+from flataudit.preparation import prepared_problem
 from flataudit.sensitivity import wants_sensitivity
 from flataudit.solvers import choose
 from flataudit.solvers.base import EIGENVALUE_LIMIT
-from flataudit.tensors import as_pair, resolve_device
+from flataudit.tensors import as_pair
 
 Json = dict[str, Any]
 
@@ -79,7 +78,9 @@ def plan_here(request: Json, progress: stages.Progress) -> Json:
     recorded = stages.read_record(loaded, options, source, len(data.y))[0] is not None
     classes = class_names(source, model) if data.y.dtype.kind == "U" else None
     subject = as_network(model, data.pair, None, options.family)
-    problem = _problem(subject, classes, options)
+    train, _, names, _ = with_indices(subject.train, None, classes)
+    train = as_pair(train, "train")
+    _, problem = prepared_problem(subject, train, names, dispersion=1.0, device=options.device)
     penalty = penalties.from_argument(_penalty(subject, recorded, options), problem.params)
     choice = choose(options.solver, problem, penalty)
     reading = time.perf_counter() - started
@@ -128,20 +129,6 @@ def operations_per_second() -> float:
     started = time.perf_counter()
     _ = matrix @ matrix
     return 2.0 * _PROBE**3 / (time.perf_counter() - started)
-
-
-def _problem(subject: Subject, classes: Any, options: AuditOptions) -> Problem:
-    train, _, names, _ = with_indices(subject.train, None, classes)
-    x, y = as_pair(train, "train")
-    where = resolve_device(options.device)
-    prepared = prepare(subject.model, x, where)
-    x = x.to(prepared.dtype, where)
-    n_outputs = predict(prepared.module, x[:2]).shape[1]
-    likelihood = make_family(subject.family, y, n_outputs, 1.0)
-    if names is not None:
-        names.check(n_outputs, likelihood.name)
-    y = likelihood.check(y, n_outputs).to(where)
-    return make_problem(prepared.module, x, y, likelihood)
 
 
 def _penalty(subject: Subject, recorded: bool, options: AuditOptions) -> Any:
