@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 from zoneinfo import ZoneInfo
 
-import yaml
 from cronsim import CronSim, CronSimError
 from pydantic import (
     AfterValidator,
@@ -31,9 +30,9 @@ from pydantic_core import PydanticCustomError
 from flataudit.config import AuditOptions
 from flataudit.errors import InputError
 from flataudit.policy import read_policy
+from flataudit.yaml_lines import BadYamlError, Place, RepeatedKeyError, parse_yaml
 
 Json = dict[str, Any]
-Place = tuple[str | int, ...]  # of a value in the file: keys and indices from the top
 
 # Options of an audit that have a place of their own in a pipeline, or none at all.
 _ELSEWHERE = {
@@ -293,37 +292,17 @@ def schema_text() -> str:
 
 def _parse(text: str, origin: str) -> tuple[Any, dict[Place, int]]:
     """The values of a YAML file and the line of each; a key given twice is an error."""
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        lines: dict[Place, int] = {}
-        _note_lines(node, (), lines, origin)
-        return (None if node is None else loader.construct_document(node)), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        return parse_yaml(text)
+    except BadYamlError as error:
+        line = "" if error.line is None else f":{error.line}"
         raise InputError(
-            f"expected valid YAML in {origin}{line}, got: {reason}; values with * : # or {{ need"
-            " quotes"
+            f"expected valid YAML in {origin}{line}, got: {error.reason}; values with * : # or {{"
+            " need quotes"
         ) from None
-    finally:
-        loader.dispose()
-
-
-def _note_lines(node: Any, place: Place, lines: dict[Place, int], origin: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*place, str(key.value))
-            if inner in lines:
-                _refuse(origin, {inner: key.start_mark.line + 1}, inner, "this key once, got it"
-                        f" before in line {lines[inner]}; leave one out")  # fmt: skip
-            lines[inner] = key.start_mark.line + 1
-            _note_lines(value, inner, lines, origin)
-    elif isinstance(node, yaml.SequenceNode):
-        for at, value in enumerate(node.value):
-            lines[*place, at] = value.start_mark.line + 1
-            _note_lines(value, (*place, at), lines, origin)
+    except RepeatedKeyError as error:
+        _refuse(origin, {error.place: error.line}, error.place, "this key once, got it before in"
+                f" line {error.before}; leave one out")  # fmt: skip
 
 
 def _from_folder(pipeline: Pipeline, folder: Path) -> Pipeline:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from flataudit.errors import InputError
 from flataudit.results import SEVERITIES, ConfidenceLevel, Severity, Verdict
+from flataudit.yaml_lines import BadYamlError, RepeatedKeyError, parse_yaml
 
 Mode = Literal["enforced", "dry_run", "disabled"]
 
@@ -115,19 +115,21 @@ def parse_policy(text: str, origin: str = "policy") -> GatePolicy:
         InputError: not YAML, an unknown or repeated key, a value that no rule can have, no rule.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = origin if mark is None else f"{origin}:{mark.line + 1}"
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"{where}: expected valid YAML, got: {problem}") from None
-    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
-        got = "an empty file" if node is None else f"a {type(values).__name__}"
+        values, places = parse_yaml(text)
+    except BadYamlError as error:
+        where = origin if error.line is None else f"{origin}:{error.line}"
+        raise InputError(f"{where}: expected valid YAML, got: {error.reason}") from None
+    except RepeatedKeyError as error:
+        raise InputError(
+            f"{origin}:{error.line}: expected {error.place[-1]} once, got it in line"
+            f" {error.before} too; drop one"
+        ) from None
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else f"a {type(values).__name__}"
         raise InputError(
             f"{origin}: expected rules as KEY: VALUE, got {got}; see docs/gate.md for the keys"
         )
-    lines = _lines(node, origin)
+    lines = {str(place[0]): line for place, line in places.items() if len(place) == 1}
     for key, value in values.items():
         if value is None:  # which would mean that the rule is not checked
             raise InputError(
@@ -150,19 +152,6 @@ def parse_policy(text: str, origin: str = "policy") -> GatePolicy:
             " one (docs/gate.md), or mode: disabled"
         )
     return policy
-
-
-def _lines(node: yaml.MappingNode, origin: str) -> dict[str, int]:
-    """The line of each key, from 1; InputError on a key given twice, of which YAML keeps one."""
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise InputError(
-                f"{origin}:{line}: expected {name} once, got it in line {lines[name]} too; drop one"
-            )
-        lines[name] = line
-    return lines
 
 
 def _at(origin: str, lines: Mapping[str, int], field: str) -> str:
