@@ -46,6 +46,8 @@ from flataudit.models.torch import PreparedModel
 from flataudit.penalty import PenaltyArgument
 from flataudit.preparation import prepared_problem
 from flataudit.results import (
+    LEVEL,
+    Z_LEVEL,
     AuditReport,
     DataInfo,
     Estimate,
@@ -71,9 +73,6 @@ from flataudit.slices import class_table, group_by, per_sample, slice_tables
 from flataudit.solvers import Checkpoint, Work, check_name
 from flataudit.tensors import as_pair, digest
 from flataudit.training import parse_training
-
-LEVEL = 0.90
-Z_LEVEL = 1.6448536269514722  # the normal's upper 5 % point: a 90 % interval
 
 
 def audit(

@@ -20,6 +20,7 @@ from flataudit.store import one_line, without_password
 
 VARIABLE = "FLATAUDIT_LOG"
 FORMATS = ("text", "json")
+LINE = "%(asctime)s %(levelname)s %(message)s"
 
 log = logging.getLogger("flataudit.stages")
 log.addHandler(logging.NullHandler())  # else Python shows errors on stderr where nobody listens
@@ -42,13 +43,17 @@ def listen() -> None:
     asked = log_format()
     if asked is None:
         return
+    to_stderr("flataudit", "%(message)s" if asked == "json" else LINE)
+
+
+def to_stderr(name: str, form: str) -> None:
+    """The lines of a logger and those below it go to stderr, and nowhere else."""
     handler = logging.StreamHandler()
-    form = "%(message)s" if asked == "json" else "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
-    package = logging.getLogger("flataudit")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    package.propagate = False
+    ours = logging.getLogger(name)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False  # handlers of others would print each line again
 
 
 @contextmanager

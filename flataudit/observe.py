@@ -16,6 +16,7 @@ from flataudit.audits import PastAudit, read_report, required_audit
 from flataudit.config import AuditOptions
 from flataudit.errors import InputError, NumericalError
 from flataudit.store import use_tracking
+from flataudit.track_record import agree
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from flataudit.models.registry import ModelSource
 
 Json = dict[str, Any]
-Z = 1.6448536269514722  # a 90 % interval, as of a gap
 
 
 def measure_here(request: Json, progress: stages.Progress | None = None) -> Json:
@@ -201,7 +201,7 @@ def _inside(predicted: Json, gap: float, se: float) -> bool | None:
     low, high = predicted["low"], predicted["high"]
     if low is None or high is None:
         return None
-    return abs(gap - float(predicted["value"])) <= math.hypot((high - low) / 2, Z * se)
+    return agree(float(predicted["value"]), low, high, gap, se)
 
 
 def _log(

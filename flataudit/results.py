@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SCHEMA = 1
+LEVEL = 0.90  # of every interval of a gap, a loss or an accuracy
+Z_LEVEL = 1.6448536269514722  # the normal's upper 5 % point
 
 FamilyName = Literal["categorical", "bernoulli", "gaussian", "poisson"]
 Evidence = Literal["heldout", "loo", "train"]

@@ -28,9 +28,8 @@ from flataudit.curvature.problem import Problem
 from flataudit.errors import InputError
 from flataudit.estimates import LeaveOneOut
 from flataudit.families import log_probabilities
-from flataudit.results import Interval, SliceRow, SliceTable
+from flataudit.results import LEVEL, Interval, SliceRow, SliceTable
 
-LEVEL = 0.90
 MAX_NUMBERS = 20  # different numbers up to which each is a slice; above, bins of equal size
 BINS = 5
 MAX_TEXTS = 100  # different texts; more are refused

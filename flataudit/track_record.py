@@ -18,13 +18,11 @@ from typing import Any, Literal
 
 from flataudit import keys
 from flataudit.audits import metric, model_filter, parse_uri, past_audits, search_runs
-from flataudit.results import to_json
+from flataudit.results import LEVEL, Z_LEVEL, to_json
 
 Json = dict[str, Any]
 Kind = Literal["later", "with_audit"]
-LEVEL = 0.90  # of a gap's interval
 CONFIDENCE = 0.95  # of a coverage's interval
-_Z = 1.6448536269514722
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,7 @@ class Outcome:
     @property
     def covered(self) -> bool:
         """Whether both agree, each with its own error."""
-        half = math.hypot((self.high - self.low) / 2, _Z * self.observed_se)
-        return abs(self.error) <= half
+        return agree(self.predicted, self.low, self.high, self.observed, self.observed_se)
 
     @property
     def covered_bare(self) -> bool:
@@ -72,6 +69,11 @@ class Outcome:
         derived = {"error": self.error, "covered": self.covered, "covered_bare": self.covered_bare}
         found: Json = to_json(self)
         return found | derived
+
+
+def agree(predicted: float, low: float, high: float, observed: float, se: float) -> bool:
+    """Whether an observed gap is as predicted: half-widths at its level, in quadrature."""
+    return abs(observed - predicted) <= math.hypot((high - low) / 2, Z_LEVEL * se)
 
 
 def read_outcomes(name: str | None = None) -> list[Outcome]:

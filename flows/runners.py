@@ -23,6 +23,14 @@ RUNNER, WORKERS, ADDRESS = (
 )
 
 
+def ended(future: Any) -> Any:
+    """What a task that has ended returned, or the exception with which it ended."""
+    try:
+        return future.result(raise_on_failure=False)
+    except Exception as error:  # the worker itself is gone
+        return error
+
+
 def task_runner() -> Any:
     """The task runner that the environment names.
 

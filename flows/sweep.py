@@ -29,7 +29,7 @@ from flataudit.models.registry import ModelSource
 from flataudit.pipeline import Pipeline, make_pipeline, read_pipeline
 from flataudit.store import use_tracking
 from flows.audit import estimate_task, load_task, log_task
-from flows.runners import task_runner
+from flows.runners import ended, task_runner
 
 Json = dict[str, Any]
 
@@ -186,10 +186,7 @@ def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
 
 def _outcome(uri: str, future: Any) -> Json:
     """The row of a task that has ended, however it has."""
-    try:
-        found = future.result(raise_on_failure=False)
-    except Exception as error:  # the worker itself is gone
-        found = error
+    found = ended(future)
     if isinstance(found, dict):
         return found
     text = str(found) if isinstance(found, FlatauditError) else f"{type(found).__name__}: {found}"

@@ -12,7 +12,7 @@ from typing import Any
 from prefect import flow, task
 from prefect.futures import wait
 
-from flows.runners import task_runner
+from flows.runners import ended, task_runner
 
 Json = dict[str, Any]
 
@@ -34,10 +34,7 @@ def zoo_flow(call: str, names: list[str], options: Json) -> list[Json]:
 
 
 def _row(name: str, future: Any) -> Json:
-    try:
-        found = future.result(raise_on_failure=False)
-    except Exception as error:  # the worker itself is gone
-        found = error
+    found = ended(future)
     if isinstance(found, dict):
         return found
     text = " ".join(f"{type(found).__name__}: {found}".split())[:1000]

@@ -326,7 +326,7 @@ class TableSource(DatasetSource):
 
     @classmethod
     def _resolve(cls, raw_source):
-        raise NotImplementedError
+        return cls(raw_source)
 
     def to_dict(self):
         return {"kind": self.kind}

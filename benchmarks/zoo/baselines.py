@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from benchmarks.zoo.data import Pool, Unavailable
-from benchmarks.zoo.draw import Drawn, draw
+from benchmarks.zoo.data import Pool
+from benchmarks.zoo.draw import Drawn
 from benchmarks.zoo.fit import TrainingFailed, fit
-from benchmarks.zoo.grid import Cell, by_name
-from benchmarks.zoo.measure import FAMILY, load, nll_of, pair, write_results
-from benchmarks.zoo.store import open_store, registered_uri, row_path, sources_of, write_row
+from benchmarks.zoo.grid import Cell
+from benchmarks.zoo.measure import FAMILY, nll_of, pair, registered_cell, write_results
 from flataudit import FlatauditError
 from flataudit.curvature.problem import Problem, make_problem
 from flataudit.families import Family, make_family
@@ -53,28 +51,15 @@ DRAWS = 200  # of the posterior, for WAIC
 
 def baseline_cell(name: str, options: Json) -> Json:
     """The baselines of one registered cell; {name, state, seconds}."""
-    torch.set_num_threads(1)
-    cell = by_name()[name]
-    path = row_path(options["store"], KIND, cell)
-    if path.is_file():
-        return {"name": name, "state": "skipped"}
-    client = open_store(options["store"])
-    uri = registered_uri(client, cell)
-    if uri is None:
-        return {"name": name, "state": "not trained"}
-    started = time.perf_counter()
-    try:
-        drawn = draw(cell, sources_of(options))
-    except Unavailable as missing:
-        return {"name": name, "state": "unavailable", "error": str(missing)}
-    model, record = load(client, uri)
-    try:
-        row = baselines(cell, model, record, drawn)
-    except FlatauditError as error:
-        row = {"baseline_error": str(error)}
-    row["baseline_seconds"] = time.perf_counter() - started
-    write_row(path, {"name": name} | row)
-    return {"name": name, "state": "done", "seconds": row["baseline_seconds"]}
+
+    def row(cell: Cell, uri: str, model: Any, record: Json | None, drawn: Drawn) -> Json:
+        try:
+            found = baselines(cell, model, record, drawn)
+        except FlatauditError as error:
+            found = {"baseline_error": str(error)}
+        return {"name": name} | found
+
+    return registered_cell(name, options, KIND, row, "baseline_seconds")
 
 
 def baselines(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json:

@@ -62,9 +62,26 @@ FAMILY = {"classification": "auto", "regression": "gaussian", "counts": "poisson
 
 def measure_cell(name: str, options: Json) -> Json:
     """Measures one registered cell and writes its row; {name, state, seconds}."""
+
+    def row(cell: Cell, uri: str, model: Any, record: Json | None, drawn: Drawn) -> Json:
+        return fields(cell) | {"uri": uri} | measure(cell, model, record, drawn)
+
+    return registered_cell(name, options, KIND, row, "seconds")
+
+
+def registered_cell(
+    name: str, options: Json, kind: str, row_of: Callable[..., Json], seconds: str
+) -> Json:
+    """Writes the row that `row_of(cell, uri, model, record, drawn)` gives of a registered cell.
+
+    The row also holds its time under the name `seconds`. What is done is skipped.
+
+    Returns:
+        {name, state: done|skipped|not trained|unavailable, seconds|error}.
+    """
     torch.set_num_threads(1)
     cell = by_name()[name]
-    path = row_path(options["store"], KIND, cell)
+    path = row_path(options["store"], kind, cell)
     if path.is_file():
         return {"name": name, "state": "skipped"}
     client = open_store(options["store"])
@@ -76,11 +93,10 @@ def measure_cell(name: str, options: Json) -> Json:
         drawn = draw(cell, sources_of(options))
     except Unavailable as missing:
         return {"name": name, "state": "unavailable", "error": str(missing)}
-    model, record = load(client, uri)
-    row = fields(cell) | {"uri": uri} | measure(cell, model, record, drawn)
-    row["seconds"] = time.perf_counter() - started
+    row = row_of(cell, uri, *load(client, uri), drawn)
+    row[seconds] = time.perf_counter() - started
     write_row(path, row)
-    return {"name": name, "state": "done", "seconds": row["seconds"]}
+    return {"name": name, "state": "done", "seconds": row[seconds]}
 
 
 def load(client: Any, uri: str) -> tuple[Any, Json | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -33,6 +32,7 @@ def serve(
     """Receive MLflow's webhooks at /mlflow and start an audit of each new version."""
     from flataudit.config import read_options
     from flataudit.errors import InputError
+    from flataudit.logs import LINE, to_stderr
     from flataudit.webhooks import SECRET_VARIABLE, read_secret
 
     secret = read_secret()
@@ -45,7 +45,7 @@ def serve(
             " read the new versions there"
         )
     parameters: dict[str, Any] = {"train": train, **options}
-    _log_to_stderr()
+    to_stderr("flataudit.webhook", LINE)
     from flows.webhook import PATH, serve
 
     print(f"flataudit: starting a receiver at http://{host}:{port}{PATH}", file=sys.stderr)
@@ -88,12 +88,3 @@ def remove(name: _NAME = "flataudit", tracking_uri: _TRACKING = "") -> None:
 
     found = webhooks.remove(name=name, tracking_uri=tracking_uri or None)
     print(f"deleted webhook {name} ({found})" if found else f"no webhook {name}; nothing to do")
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("flataudit.webhook")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False  # Prefect's handlers would print each line again

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flataudit.report import words
 from flataudit.report.figures import COLOURS, PNG_DPI
+from flataudit.results import Z_LEVEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ _MARKS = {
     "refused": ("X", COLOURS["bad"], "do not rely on it"),
 }
 _KINDS = {"later": "observed later", "with_audit": "held-out data of the audit"}
-_Z = 1.6448536269514722  # 90 %, as the intervals of the predictions
 
 
 def draw(record: Record, kind: str = "png") -> bytes:
@@ -93,7 +93,7 @@ def rows(record: Record) -> list[tuple[str, ...]]:
 def _points(axes: Axes, record: Record) -> None:
     outcomes = record["outcomes"]
     ends = [o[key] for o in outcomes for key in ("low", "high", "observed", "predicted")]
-    ends += [o["observed"] + s * _Z * o["observed_se"] for o in outcomes for s in (-1, 1)]
+    ends += [o["observed"] + s * Z_LEVEL * o["observed_se"] for o in outcomes for s in (-1, 1)]
     low, high = min(*ends, 0.0), max(*ends, 0.0)
     pad = 0.05 * (high - low) or 0.01
     span = (low - pad, high + pad)
@@ -111,7 +111,7 @@ def _points(axes: Axes, record: Record) -> None:
             [o["high"] - o["predicted"] for o in group],
         ]
         axes.errorbar(
-            x, y, xerr=across, yerr=[_Z * o["observed_se"] for o in group], fmt=marker, ms=6,
+            x, y, xerr=across, yerr=[Z_LEVEL * o["observed_se"] for o in group], fmt=marker, ms=6,
             mfc=colour if kind == "later" else COLOURS["surface"], mec=colour, ecolor=colour,
             elinewidth=0.9, alpha=0.95, zorder=3, label=f"{meaning}, {_KINDS[kind]}",
         )  # fmt: skip
