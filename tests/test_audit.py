@@ -260,7 +260,7 @@ def test_overconfident_network_is_recalibrated():
     assert blend.gap == pytest.approx(math.sqrt(parts[0].gap * parts[1].gap), rel=1e-12)
     assert min(p.se for p in parts) - 1e-9 <= blend.se <= max(p.se for p in parts) + 1e-9
     assert (report.calibration.severity, report.confidence) == ("critical", "low")
-    assert report.confidence_reasons == ("the model is critically over-confident",)
+    assert report.confidence_reasons == ("the model is strongly over-confident",)
     assert "overconfident" in {w.code for w in report.warnings}
     assert audit(model, (x, y)).confidence == "refused"
     linear = nn.Linear(4, 3).double()
