@@ -131,6 +131,20 @@ def with_choice(choice: Mapping[str, str]) -> Rule:
     return rule
 
 
+def first_list(row: Row) -> float | None:
+    """The decision list before this evidence (docs/decisions/0002-selection.md)."""
+    c, saturated = calibration(row), bool(row["by_loo_saturated"])
+    if c.verdict == "insufficient":
+        return LOO(row)
+    if c.verdict in CALIBRATED:
+        return SOFT_RANK(row)
+    if c.direction == "under":
+        return TIC(row)
+    doubtful = c.direction in ("over", "mixed") or saturated or c.verdict == "miscalibrated"
+    again = RECALIBRATED(row) if doubtful and row["architecture"] != "glm" else None
+    return LOO(row) if again is None else again
+
+
 def nearest(row: Row) -> float | None:
     """The oracle's estimate, also of a gap at or below 0, where there is no ratio."""
     values = [number(row, f"record_{name}") for name in ESTIMATES]
@@ -269,6 +283,21 @@ def rule_scores(rows: Sequence[Row], rule: Rule, draws: int) -> Json:
     return found
 
 
+def differences(rows: Sequence[Row], rules: Mapping[str, Rule], draws: int) -> Json:
+    """Each rival's mean capped excess error minus the decision list's, on the same models."""
+    capped = {name: np.minimum(excess(rows, rule), CAP) for name, rule in rules.items()}
+    groups = [str(row["group"]) for row in rows]
+    ours, *rivals = capped
+    found = {}
+    for name in rivals:
+        more = capped[name] - capped[ours]
+        low, high = s.bootstrap(
+            lambda w, more=more: float((w * more).sum() / w.sum()), groups, draws=draws, level=LEVEL
+        )
+        found[name] = {"value": float(more.mean()), "low": low, "high": high}
+    return found
+
+
 def regimes_of(rows: Sequence[Row]) -> dict[str, Flags]:
     """Masks of the regimes that are reported; over-confident: and not saturated."""
     linear = np.array([row["architecture"] == "glm" for row in rows])
@@ -301,7 +330,7 @@ def fit(rows: Sequence[Row], *, draws: int = 200) -> Json:
         "as above, LOO where under-confident": lambda row: (
             LOO(row) if branch(row) == "under" else told[row["name"]]["rule"]
         ),
-        "decision list of 0002": lambda row: number(row, "by_loo_gap"),
+        "decision list of 0002": first_list,
         "paper: soft rank if calibrated, else TIC": paper,
         "always soft rank": SOFT_RANK,
         "always TIC": TIC,
@@ -336,6 +365,7 @@ def fit(rows: Sequence[Row], *, draws: int = 200) -> Json:
         "model_error": model_errors(rows),
         "folds": crossed["folds"],
         "scores": {name: {"n": int(masks[name].sum())} | scores[name] for name in scores},
+        "differences": differences(rows, rules, draws),
         "intervals": intervals(rows, told, masks),
         "confidence": confidence(rows, told),
     }

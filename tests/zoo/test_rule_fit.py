@@ -81,6 +81,27 @@ def test_model_error_is_the_split_conformal_quantile():
     assert f.model_errors(rows)["tic"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, "record_soft_rank_recalibrated"),
+        ({"record_soft_rank_recalibrated": None}, "record_loo"),
+        ({"architecture": "glm"}, "record_loo"),
+        ({"by_loo_direction": "under", "by_loo_saturated": True}, "record_tic"),
+        ({"by_loo_verdict": "insufficient"}, "record_loo"),
+        ({"by_loo_verdict": "within_tolerance"}, "record_soft_rank"),
+        ({"by_loo_verdict": "not_shown", "by_loo_direction": "none"}, "record_loo"),
+        (
+            {"by_loo_verdict": "not_shown", "by_loo_direction": "none", "by_loo_saturated": True},
+            "record_soft_rank_recalibrated",
+        ),
+    ],
+)
+def test_the_list_that_this_one_replaced(change, wanted):
+    one = row(3, "a", **change)
+    assert f.first_list(one) == one[wanted]
+
+
 def test_criterion_weighs_data_sets_alike_and_caps_each_model():
     rows = [row(0, "a", record_loo=math.e * row(0, "a")["gap"], floor=0.0)] * 9
     rows.append(row(0, "b", record_loo=-1.0, floor=0.0))
