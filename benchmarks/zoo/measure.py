@@ -345,11 +345,14 @@ def write_results(given: argparse.Namespace) -> None:
     from benchmarks.zoo.command import chosen
 
     cells = chosen(given)
-    rivals = {row["name"]: row for row in read_rows(given.store, "baselines", cells)}
-    rows = [row | rivals.get(row["name"], {}) for row in read_rows(given.store, KIND, cells)]
+    rows = {row["name"]: row for row in read_rows(given.store, KIND, cells)}
+    for kind in ("baselines", "rivals"):
+        for more in read_rows(given.store, kind, cells):
+            if more["name"] in rows:
+                rows[more["name"]] |= more
     path = RESULTS if not (given.quick or given.only) else given.store / "results.parquet"
     if rows:
-        collect(rows, path)
+        collect(list(rows.values()), path)
         print(f"{len(rows)} rows in {path}")
 
 
