@@ -31,7 +31,7 @@ from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import registered_cell, write_results
 from flataudit import FlatauditError
 from flataudit.curvature.problem import Problem, make_problem
-from flataudit.families import Family, make_family
+from flataudit.families import Family
 from flataudit.fitting import PenalisedFit
 from flataudit.solvers import Curvature, FunctionalVariance, Work
 from flataudit.solvers.kfac import Kfac

@@ -110,9 +110,51 @@ def test_models_without_an_estimate_are_left_out_and_counted():
 
 
 def test_accuracy_and_confidence_gap_in_points():
-    found = sc.accuracies(ROWS)["record"]
-    assert found == {"n": 18, "accuracy": pytest.approx(3.0), "confidence_gap": pytest.approx(1.0)}
-    assert sc.accuracies(ROWS)["decay"] == {"n": 0, "accuracy": None, "confidence_gap": None}
+    rows = [
+        dict(one, by_heldout_calibration_accuracy=0.78, by_heldout_calibration_mean_confidence=0.8)
+        for one in ROWS
+    ]
+    found = sc.accuracies(rows, draws=20)
+    assert found["record"]["n"] == 18
+    for who, points, confidence in (("record", 3.0, 1.0), ("heldout", 1.0, 7.0)):
+        for name, value in (("accuracy", points), ("confidence_gap", confidence)):
+            assert found[who][name] == {
+                "value": pytest.approx(value),
+                "low": pytest.approx(value),
+                "high": pytest.approx(value),
+            }
+    assert found["decay"] == {
+        "n": 0,
+        "accuracy": {"value": None, "low": None, "high": None},
+        "confidence_gap": {"value": None, "low": None, "high": None},
+    }
+
+
+def test_the_floor_is_the_noise_of_a_normal():
+    # Log errors near noise over gap: .01 times the quantiles of |N(0, 1)|, .674 and 1.645.
+    rows = [dict(one, gap=1.0 + 0.0001 * i, floor=0.01) for i, one in enumerate(ROWS * 20)]
+    found = sc.floor(rows)
+    assert found["n"] == 360
+    assert found["error_median"] == pytest.approx(0.00674, rel=0.05)
+    assert found["error_p90"] == pytest.approx(0.01645, rel=0.05)
+    exact = sc.floor([dict(one, floor=1e-9) for one in ROWS])
+    # Of 153 pairs 18 have one gap: all others are right, and tau-b divides by sqrt(153 * 135).
+    assert exact["kendall"] == pytest.approx(math.sqrt(135 / 153))
+
+
+def test_rivals_are_compared_on_common_models():
+    rows = [dict(one, rule_audit_loo=one["gap"], cv_gap=one["gap"] * 2) for one in ROWS]
+    for one in rows[:4]:
+        one["cv_gap"] = None
+    found = sc.beside(rows, "cv_gap", draws=20)
+    assert found["n"] == 14
+    assert found["kendall"]["ours"] == found["kendall"]["theirs"] == pytest.approx(1.0)
+    assert found["excess_median"]["ours"] == 0.0
+    assert found["excess_median"]["low"] > 0  # the rival's error is larger in every draw
+    opposite = sc.beside([dict(one, sam=-one["gap"]) for one in rows], "sam", draws=20)
+    assert opposite["kendall"]["theirs"] == pytest.approx(-1.0)
+    assert set(opposite) == {"n", "kendall"}
+    assert sc.beside(rows[:4], "cv_gap") is None
 
 
 def test_rows_survive_the_parquet(tmp_path):
