@@ -45,8 +45,10 @@ python:  ## print the Python that install takes, or what is missing
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-pytest: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu and not zoo'
+# Two processes of one thread each, a file in one of them; WORKERS=0: all in one.
+WORKERS := 2
+pytest: install  ## the tests alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not gpu and not zoo'
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -60,12 +60,14 @@ from flataudit.results import (
     Samples,
 )
 from flataudit.selection import (
+    MODEL_ERROR,
     Observations,
     SelectionPolicy,
     choose_confidence,
     choose_estimator,
     collect_warnings,
     needs_recalibration,
+    widened,
 )
 from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
@@ -215,11 +217,11 @@ def audit(
 
     # (5) The soft rank of the recalibrated model: a second factorisation, where it is needed; how
     # much the estimates depend on D: one more for each of D/3 and 3D, where that is cheap.
-    recalibrated = None
+    recalibrated = blended = None
     if recalibrate or needs_recalibration(calibration, linear=linear, saturated=saturated):
         say("recalibrating")
         target = judged.loo_accuracy if judged.loo_accuracy is not None else calibration.accuracy
-        recalibrated = _recalibrated(fit, nll, target)
+        recalibrated, blended = _recalibrated(fit, nll, rank, target)
     estimates = Estimates(
         soft_rank=_estimate(nll, rank, rank=soft_rank),
         tic=_estimate(nll, energy, centred=energy.gap - variance.mean_gradient / problem.n_samples),
@@ -232,6 +234,7 @@ def audit(
             mean_confidence=judged.loo_confidence,
         ),
         soft_rank_recalibrated=recalibrated,
+        soft_rank_blend=blended,
     )
     penalties = None
     if varied:
@@ -245,39 +248,38 @@ def audit(
         linear=linear,
         saturated=saturated,
         has_loo=left_out is not None,
-        has_recalibrated=recalibrated is not None,
+        scale=None if recalibrated is None else recalibrated.scale,
     )
     chosen: Estimate = getattr(estimates, estimator)
-    margin = chosen.margin(Z_LEVEL)
+    low, high = widened(chosen.gap, chosen.margin(Z_LEVEL), MODEL_ERROR[estimator], Z_LEVEL)
     gap = Gap(
         value=chosen.gap,
-        low=chosen.gap - margin,
-        high=chosen.gap + margin,
+        low=low,
+        high=high,
         level=LEVEL,
         estimator=estimator,
         reason=reason,
         lower_bound=problem.n_samples < policy.samples_per_rank * soft_rank,
+        model_error=MODEL_ERROR[estimator],
     )
     train_nll = float(nll.mean())
     observed = _observed(unseen, likelihood, train_nll, calibration.accuracy)
     sampling_error = math.sqrt(fit.moments.trace / problem.n_samples)
-    warnings = collect_warnings(
-        Observations(
-            calibration=calibration,
-            estimates=estimates,
-            premise=premise,
-            penalty=fit.penalty_info,
-            gap=gap,
-            heldout=observed,
-            saturated=saturated,
-            gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
-            max_leverage=estimators.largest_leverage(variance),
-            training_time=fit.penalty_info.has_training_time,
-            shift=None if unseen is None else unseen.shift,
-            solver=fit.solver,
-        ),
-        policy,
+    seen = Observations(
+        calibration=calibration,
+        estimates=estimates,
+        premise=premise,
+        penalty=fit.penalty_info,
+        gap=gap,
+        heldout=observed,
+        saturated=saturated,
+        gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
+        max_leverage=estimators.largest_leverage(variance),
+        training_time=fit.penalty_info.has_training_time,
+        shift=None if unseen is None else unseen.shift,
+        solver=fit.solver,
     )
+    confidence, doubts = choose_confidence(seen, policy)
     return AuditReport(
         model=ModelInfo(n_params=problem.n_params, notes=subject.notes + prepared.notes + assumed),
         data=DataInfo(
@@ -300,10 +302,8 @@ def audit(
             value=train_nll + gap.value, low=train_nll + gap.low, high=train_nll + gap.high
         ),
         predicted_accuracy=predicted_accuracy(judged, Z_LEVEL),
-        confidence=choose_confidence(
-            calibration, penalty_source=fit.penalty_info.source, saturated=saturated
-        ),
-        warnings=warnings,
+        confidence=confidence,
+        warnings=collect_warnings(seen, policy),
         solver=fit.solver,
         samples=Samples(
             nll=to_numpy(nll),
@@ -314,6 +314,7 @@ def audit(
         display=build_display(fit, judged, nll, rank.psi, energy.psi, left_out, names),
         shift=None if unseen is None else unseen.shift,
         sensitivity=penalties,
+        confidence_reasons=doubts,
         classes=class_table(each, names),
         slices=slice_tables(grouped, each),
     )
@@ -338,16 +339,23 @@ def _unseen(
     return Unseen(outputs, y, input_shift(x_train.flattened, given.flattened, seed=seed))
 
 
-def _recalibrated(fit: PenalisedFit, nll: Tensor, accuracy: float | None) -> Estimate | None:
-    """Soft rank with Lambda at the logits scaled to the accuracy foreseen; D and J as they are."""
+def _recalibrated(
+    fit: PenalisedFit, nll: Tensor, rank: estimators.Measured, accuracy: float | None
+) -> tuple[Estimate | None, Estimate | None]:
+    """Soft rank with Lambda at the logits scaled to the accuracy foreseen; D and J as they are.
+
+    And its blend with the soft rank, where the scale is below 1.
+    """
     problem, family = fit.problem, fit.problem.family
     if accuracy is None:
-        return None
+        return None, None
     scale = recalibration_scale(family, problem.outputs, accuracy)
     if scale is None:
-        return None
+        return None, None
     found = estimators.measure_soft_rank(fit.variance_at(fit.penalty, scale))
-    return _estimate(nll, found, rank=found.gap * problem.n_samples, scale=scale)
+    recalibrated = _estimate(nll, found, rank=found.gap * problem.n_samples, scale=scale)
+    blended = _estimate(nll, estimators.blend(rank, found)) if scale < 1.0 else None
+    return recalibrated, blended
 
 
 def _estimate(nll: Tensor, found: estimators.Measured, **extra: float | None) -> Estimate:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -161,6 +162,28 @@ def largest_leverage(variance: Curvature) -> float | None:
         half = torch.linalg.solve_triangular(lower, q, upper=False)
         q = torch.linalg.solve_triangular(lower, half.mT, upper=False)
     return float(torch.linalg.eigvalsh(q).max())
+
+
+def blend(first: Measured, second: Measured) -> Measured:
+    """The geometric mean b of two gaps a_1 and a_2, with b/2 (psi_1/a_1 + psi_2/a_2) per sample.
+
+    Those are its contributions to first order, and their mean is b; errors add up likewise, since
+    two runs of one solver share their probes.
+    """
+    gap = math.sqrt(max(first.gap, 0.0) * max(second.gap, 0.0))
+    weights = tuple(gap / (2.0 * part.gap) if gap > 0 else 0.0 for part in (first, second))
+
+    def mixed(a: Any, b: Any) -> Any:
+        return None if a is None or b is None else weights[0] * a + weights[1] * b
+
+    return Measured(
+        gap=gap,
+        psi=mixed(first.psi, second.psi),
+        monte_carlo_se=mixed(first.monte_carlo_se, second.monte_carlo_se),
+        truncation=mixed(first.truncation, second.truncation),
+        rough=mixed(first.rough, second.rough),
+        noise=weights[0] ** 2 * first.noise + weights[1] ** 2 * second.noise,
+    )
 
 
 def _from_trace(trace: Trace) -> Measured:

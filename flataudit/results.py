@@ -26,7 +26,7 @@ Verdict = Literal[
 ]
 Direction = Literal["over", "under", "mixed", "none"]
 Severity = Literal["none", "info", "warn", "high", "critical"]
-EstimatorName = Literal["soft_rank", "tic", "loo", "soft_rank_recalibrated"]
+EstimatorName = Literal["soft_rank", "tic", "loo", "soft_rank_recalibrated", "soft_rank_blend"]
 ConfidenceLevel = Literal["ok", "low", "refused"]
 
 SEVERITIES: tuple[Severity, ...] = ("none", "info", "warn", "high", "critical")
@@ -75,6 +75,7 @@ class Estimates:
     tic: Estimate
     loo: Estimate | None = None
     soft_rank_recalibrated: Estimate | None = None
+    soft_rank_blend: Estimate | None = None  # geometric mean of it and the soft rank, if scale < 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,11 @@ class Premise:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The gap to act on: value and interval in nats per example, and why this estimator."""
+    """The gap to act on: value and interval in nats per example, and why this estimator.
+
+    The interval holds the sampling error and the estimator's own, of log-normal standard
+    deviation `model_error` (`flataudit.selection.widened`).
+    """
 
     value: float
     low: float
@@ -136,7 +141,8 @@ class Gap:
     level: float
     estimator: EstimatorName
     reason: str
-    lower_bound: bool = False  # n / soft rank below 10: the interval is too narrow
+    lower_bound: bool = False  # n / soft rank below 10: the sampling error is underestimated
+    model_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +328,7 @@ class AuditReport:
     display: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
     shift: Shift | None = None  # held-out against training inputs
     sensitivity: tuple[PenaltyPoint, ...] | None = None
+    confidence_reasons: tuple[str, ...] = ()  # why the confidence is not ok
     classes: SliceTable | None = None  # by label; None for regression
     slices: tuple[SliceTable, ...] = ()  # by the columns asked for
 

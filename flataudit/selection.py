@@ -1,12 +1,13 @@
 """Which estimate to believe, how far, and what to warn of: pure functions of numbers.
 
 The order of `choose_estimator` is the method's decision list; its evidence is in
-docs/decisions/0002-selection.md.
+docs/decisions/0017-selection-rule.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -43,65 +44,98 @@ class SelectionPolicy:
     shift_distance: float = 0.1  # ... and a Kolmogorov distance from here on
 
 
+# The log-normal standard deviation of log(estimate/gap) beyond sampling: such that 90 % of the
+# zoo's models are inside their interval. benchmarks/zoo/rule_fit.py fits them and says how they do
+# on data sets they were not fitted to.
+MODEL_ERROR: Mapping[EstimatorName, float] = {
+    "loo": 0.27,
+    "tic": 0.59,
+    "soft_rank": 0.42,
+    "soft_rank_recalibrated": 0.42,
+    "soft_rank_blend": 0.42,
+}
+
+
 def choose_estimator(
     calibration: Calibration,
     *,
     linear: bool,
     saturated: bool,
     has_loo: bool,
-    has_recalibrated: bool,
+    scale: float | None,
 ) -> tuple[EstimatorName, str]:
     """The estimator and one sentence why, first rule that applies.
 
-    too few samples -> LOO; calibrated or within tolerance -> soft rank; under-confident -> TIC;
-    linear in the parameters -> LOO; over-confident, mixed or saturated -> soft rank of the
-    recalibrated model; not shown -> LOO. Where the wanted one does not exist, the next best
-    stands in and the sentence says so.
+    calibrated or within tolerance -> soft rank; shown under-confident, training data not saturated
+    -> TIC; linear in the parameters, or calibration unknown -> LOO; else the blend, the geometric
+    mean of the soft rank and the recalibrated model's. scale: the recalibration's factor on the
+    logits; from 1 on it would sharpen the model, and the soft rank itself is taken; None where it
+    is undefined, and LOO stands in, as the soft rank does where there is no LOO.
     """
     verdict, direction = calibration.verdict, calibration.direction
-    wanted: EstimatorName
-    if verdict == "insufficient":
-        wanted, why = "loo", "too few samples or errors to judge calibration"
-    elif verdict in ("calibrated", "within_tolerance"):
+    if verdict in ("calibrated", "within_tolerance"):
         how = "calibrated" if verdict == "calibrated" else "calibrated within tolerance"
-        wanted, why = "soft_rank", f"the model is {how}, so soft rank / n is the expected gap"
-    elif direction == "under":
-        wanted, why = "tic", "the model is under-confident, so TIC takes the soft rank's place"
-    elif linear:
-        wanted, why = "loo", "the model is linear in its parameters, where leave-one-out is best"
-    elif direction in ("over", "mixed") or saturated:
-        kind = {"over": "over-confident", "mixed": "over- and under-confident"}.get(
-            direction, "saturated on its training data"
+        return "soft_rank", f"the model is {how}, so soft rank / n is the expected gap"
+    if verdict == "miscalibrated" and direction == "under" and not saturated:
+        return "tic", "the model is under-confident, so TIC takes the soft rank's place"
+    if linear or verdict == "unknown":
+        why = (
+            "the model is linear in its parameters, where leave-one-out is best"
+            if linear
+            else "calibration is unknown"
         )
-        wanted, why = "soft_rank_recalibrated", f"the model is {kind}, so it is recalibrated first"
-    elif verdict == "miscalibrated":
-        wanted = "soft_rank_recalibrated"
-        why = "the model is miscalibrated without a direction, so it is recalibrated first"
-    else:
-        wanted, why = "loo", "calibration is not shown either way"
-    if wanted == "soft_rank_recalibrated" and not has_recalibrated:
-        wanted, why = "loo", why.rsplit(",", 1)[0] + "; recalibration is undefined here"
-    if wanted == "loo" and not has_loo:
+        if has_loo:
+            return "loo", why
         return "soft_rank", f"{why}; leave-one-out does not exist here, the soft rank stands in"
-    return wanted, why
+    kind = _blend_reason(calibration, saturated)
+    if scale is not None and scale < 1.0:
+        return "soft_rank_blend", (
+            f"{kind}, so the gap lies between its soft rank and that of the model recalibrated:"
+            " their geometric mean"
+        )
+    if scale is not None:
+        return "soft_rank", f"{kind}; recalibration would sharpen it, so the soft rank is taken"
+    if has_loo:
+        return "loo", f"{kind}; recalibration is undefined here, so leave-one-out is taken"
+    return "soft_rank", f"{kind}; leave-one-out does not exist here, the soft rank stands in"
+
+
+def _blend_reason(calibration: Calibration, saturated: bool) -> str:
+    if calibration.direction == "over":
+        return "the model is over-confident"
+    if calibration.direction == "mixed":
+        return "the model is over- and under-confident"
+    if saturated:
+        return "the model is saturated on its training data"
+    if calibration.verdict == "insufficient":
+        return "too few samples or errors to judge calibration"
+    if calibration.verdict == "miscalibrated":
+        return "the model is miscalibrated without a direction"
+    return "calibration is not shown either way"
 
 
 def needs_recalibration(calibration: Calibration, *, linear: bool, saturated: bool) -> bool:
     """Whether the decision list asks for the second factorisation."""
     name, _ = choose_estimator(
-        calibration, linear=linear, saturated=saturated, has_loo=True, has_recalibrated=True
+        calibration, linear=linear, saturated=saturated, has_loo=True, scale=0.5
     )
-    return name == "soft_rank_recalibrated"
+    return name == "soft_rank_blend"
 
 
-def choose_confidence(
-    calibration: Calibration, *, penalty_source: str, saturated: bool
-) -> ConfidenceLevel:
-    """May the prediction be relied on: ok, low or refused, by the contract's rule."""
-    doubtful = calibration.direction in ("over", "mixed") or saturated
-    if penalty_source == "evidence":
-        return "refused" if doubtful else "low"
-    return "low" if doubtful or calibration.verdict == "unknown" else "ok"
+def widened(gap: float, margin: float, model_error: float, z: float) -> tuple[float, float]:
+    """The gap's interval: sampling margin and model error, in quadrature on either side.
+
+    gap, margin: nats, the margin being z standard errors; model_error: the standard deviation tau
+    of log(estimate/truth), whose own interval is gap exp(-z tau) to gap exp(z tau). Never narrower
+    than gap -+ margin.
+
+    >>> widened(1.0, 0.0, 0.5, 2.0) == (math.exp(-1.0), math.exp(1.0))
+    True
+    """
+    down, up = (abs(gap * math.expm1(sign * z * model_error)) for sign in (-1, 1))
+    if gap < 0:
+        down, up = up, down
+    return gap - math.hypot(margin, down), gap + math.hypot(margin, up)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +154,61 @@ class Observations:
     training_time: bool  # D holds a finite training time
     shift: Shift | None = None  # held-out against training inputs
     solver: SolverInfo | None = None
+
+
+def choose_confidence(
+    seen: Observations, policy: SelectionPolicy | None = None
+) -> tuple[ConfidenceLevel, tuple[str, ...]]:
+    """May the prediction be relied on: ok, low or refused, and why it is not ok.
+
+    low: the penalty is a guess, the gradients have vanished, over-confidence is critical, the
+    calibration is unknown, leave-one-out extrapolates, the solver's error is unknown, or held-out
+    data contradict it. refused: over-confident or saturated, and the penalty a guess. Milder
+    over-confidence is answered by the estimator and its interval.
+    """
+    policy = policy or SelectionPolicy()
+    c = seen.calibration
+    guessed, over = seen.penalty.source == "evidence", c.direction in ("over", "mixed")
+    reasons = []
+    if guessed:
+        reasons.append("the penalty is a guess, for no training record was given")
+    if seen.saturated:
+        reasons.append("the training data are fitted so closely that the gradients have vanished")
+    if over and (guessed or c.severity == "critical"):
+        how = "critically " if c.severity == "critical" else ""
+        reasons.append(f"the model is {how}over-confident")
+    if c.verdict == "unknown":
+        reasons.append("its calibration could be judged on training data only")
+    if seen.gap.estimator == "loo" and _has_high_leverage(seen, policy):
+        reasons.append("leave-one-out extrapolates for samples that decide their own prediction")
+    if _is_rough(seen):
+        reasons.append("the solver's error on this model is unknown")
+    if is_contradicted(seen.gap, seen.heldout):
+        reasons.append("the gap measured on held-out data contradicts it")
+    if guessed and (over or seen.saturated):
+        return "refused", tuple(reasons)
+    return ("low" if reasons else "ok"), tuple(reasons)
+
+
+def is_contradicted(gap: Gap, heldout: HeldoutFit | None) -> bool:
+    """Whether the measured gap's own interval, at the prediction's level, and the predicted one
+    have no point in common."""
+    if heldout is None:
+        return False
+    half = NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
+    return heldout.gap - half > gap.high or heldout.gap + half < gap.low
+
+
+def _has_high_leverage(seen: Observations, policy: SelectionPolicy) -> bool:
+    return seen.max_leverage is not None and seen.max_leverage > policy.leverage
+
+
+def _is_rough(seen: Observations) -> bool:
+    """Whether the chosen gap is an approximation whose error is unknown."""
+    if seen.solver is None or seen.solver.exact:
+        return False
+    chosen = getattr(seen.estimates, seen.gap.estimator)
+    return chosen.monte_carlo_se is None and chosen.truncation is None
 
 
 def collect_warnings(
@@ -218,12 +307,9 @@ def _penalty_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audit
 
 def _heldout_warnings(seen: Observations) -> list[AuditWarning]:
     gap, heldout = seen.gap, seen.heldout
-    if heldout is None:
+    if heldout is None or not is_contradicted(gap, heldout):
         return []
-    # The measured gap's own interval at the prediction's level; the two have no point in common.
     half = NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
-    if heldout.gap - half <= gap.high and heldout.gap + half >= gap.low:
-        return []
     return [
         AuditWarning(
             "prediction_contradicted",
@@ -271,7 +357,7 @@ def _solver_warnings(seen: Observations) -> list[AuditWarning]:
     if solver is None or solver.exact:
         return []
     chosen = getattr(seen.estimates, seen.gap.estimator)
-    if chosen.monte_carlo_se is None and chosen.truncation is None:
+    if _is_rough(seen):
         return [
             AuditWarning(
                 "approximate_solver",
@@ -331,7 +417,7 @@ def _estimate_warnings(seen: Observations, policy: SelectionPolicy) -> list[Audi
         )
     if seen.max_leverage is None:
         return found
-    if seen.max_leverage > policy.leverage or seen.estimates.loo is None:
+    if _has_high_leverage(seen, policy) or seen.estimates.loo is None:
         found.append(
             AuditWarning(
                 "high_leverage",

@@ -123,3 +123,10 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in names}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     return kept | {"PYTHONPATH": path} | more
+
+
+def endless_data(name: str) -> str:
+    """Data that never come, as `module:function` of a module in the working folder."""
+    code = "import time\n\n\ndef load():\n    while True:\n        time.sleep(1)\n"
+    Path(f"{name}.py").write_text(code)
+    return f"{name}:load"

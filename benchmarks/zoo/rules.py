@@ -1,23 +1,81 @@
 """Rules that pick an estimate from a model's row, to be compared with what the audit chose.
 
-Each takes a row of `measure` (a mapping of its columns) and returns a gap, or None.
+Each takes a row of `measure` (a mapping of its columns) and returns a gap, or None. `decided` is
+the package's decision list applied to a row, so that a change of the list needs no new audits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from flataudit.results import Calibration, EstimatorName
+from flataudit.selection import choose_estimator
 
 Row = Mapping[str, Any]
 CALIBRATED = ("calibrated", "within_tolerance")
 ESTIMATES = ("soft_rank", "tic", "loo", "soft_rank_recalibrated")
+BLENDED = ("soft_rank", "soft_rank_recalibrated")
 
 
 def number(row: Row, name: str) -> float | None:
     """A column as a finite float, else None."""
     value = row.get(name)
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def calibration(row: Row, evidence: str = "loo") -> Calibration:
+    """The verdict of a row, as the decision list reads it."""
+    found = {key: row[f"by_{evidence}_{key}"] for key in ("verdict", "direction", "severity")}
+    return Calibration(evidence=evidence, n=row["n_train"], **found)  # type: ignore[arg-type]
+
+
+def blend(row: Row) -> float | None:
+    """Geometric mean of the soft rank and the recalibrated one."""
+    return _geometric(row, "record_soft_rank", "record_soft_rank_recalibrated")
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What the decision list takes of a row: the estimator, its gap and standard error."""
+
+    estimator: EstimatorName
+    gap: float
+    se: float
+
+
+def decided(row: Row, evidence: str = "loo") -> Decided | None:
+    """The decision list of `flataudit.selection` on a row; None where a verdict is missing."""
+    if row.get(f"by_{evidence}_verdict") is None:
+        return None
+    name, _ = choose_estimator(
+        calibration(row, evidence),
+        linear=row["architecture"] == "glm",
+        saturated=bool(row[f"by_{evidence}_saturated"]),
+        has_loo=number(row, "record_loo") is not None,
+        scale=number(row, "record_scale"),
+    )
+    if name != "soft_rank_blend":
+        gap, se = number(row, f"record_{name}"), number(row, f"record_{name}_se")
+    else:  # its own standard error lies between those of its parts
+        gap = blend(row)
+        parts = [number(row, f"record_{part}_se") or 0.0 for part in BLENDED]
+        se = sum(parts) / len(parts)
+    return None if gap is None or se is None else Decided(name, gap, se)
+
+
+def decision_list(row: Row) -> float | None:
+    """The gap by the decision list, calibration judged by leave-one-out."""
+    found = decided(row)
+    return None if found is None else found.gap
+
+
+def decision_list_heldout(row: Row) -> float | None:
+    """The gap by the decision list, calibration judged on held-out labels."""
+    found = decided(row, "heldout")
+    return None if found is None else found.gap
 
 
 def paper(row: Row) -> float | None:
@@ -27,12 +85,12 @@ def paper(row: Row) -> float | None:
 
 
 def chosen_by_loo(row: Row) -> float | None:
-    """The audit's own choice, calibration judged by leave-one-out."""
+    """The choice of the audits as they were made, calibration judged by leave-one-out."""
     return number(row, "by_loo_gap")
 
 
 def chosen_by_heldout(row: Row) -> float | None:
-    """The audit's own choice, calibration judged on held-out labels."""
+    """The choice of the audits as they were made, calibration judged on held-out labels."""
     return number(row, "by_heldout_gap")
 
 
@@ -40,7 +98,12 @@ def geometric(row: Row) -> float | None:
     """TIC where under-confident, else the geometric mean of LOO and the recalibrated soft rank."""
     if row.get("by_loo_direction") == "under":
         return number(row, "record_tic")
-    first, second = number(row, "record_loo"), number(row, "record_soft_rank_recalibrated")
+    return _geometric(row, "record_loo", "record_soft_rank_recalibrated")
+
+
+def _geometric(row: Row, *names: str) -> float | None:
+    """The geometric mean of two columns; the first where the second does not exist."""
+    first, second = (number(row, name) for name in names)
     if first is None or second is None or first <= 0 or second <= 0:
         return first
     return math.sqrt(first * second)
@@ -58,6 +121,8 @@ def oracle(row: Row) -> float | None:
 
 RULES: dict[str, Callable[[Row], float | None]] = {
     "rule_paper": paper,
+    "rule_list": decision_list,
+    "rule_list_heldout": decision_list_heldout,
     "rule_audit_loo": chosen_by_loo,
     "rule_audit_heldout": chosen_by_heldout,
     "rule_geometric": geometric,

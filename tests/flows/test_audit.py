@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from flataudit import cli, stages
 from flataudit.config import AuditOptions
 from flataudit.errors import DeadlineError, InputError
-from tests.shells import ROOT, content, environment, make_models, untimed
+from tests.prefect_api import newest_run
+from tests.shells import ROOT, content, endless_data, environment, make_models, untimed
 
 TAGS = {
     "flataudit.verdict", "flataudit.gap", "flataudit.calibration", "flataudit.confidence",
@@ -53,25 +54,15 @@ def by_command_line(monkeypatch, capfd, *args):
 
 
 def newest(server, tasks=0):
-    """The newest flow run on the server and its task runs by name, once there are `tasks`.
+    """The newest run of the audit flow and its final task runs by name, once there are `tasks`."""
 
-    Task runs reach the server as events, a little after the flow has ended.
-    """
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
+    def final(found):
+        return {task.name.rpartition("-")[0]: task.state for task in found
+                if task.state and task.state.is_final()}  # fmt: skip
 
-    with SyncPrefectClient(server) as api:
-        (run,) = api.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-        for _ in range(60):
-            found = api.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
-            done = {task.name.rpartition("-")[0]: task.state for task in found if task.state
-                    and task.state.is_final()}  # fmt: skip
-            if len(done) >= tasks:
-                break
-            time.sleep(0.5)
-        assert len(found) == tasks, found
-        return run, done
+    run, found = newest_run(server, "flataudit-audit", lambda found: len(final(found)) >= tasks)
+    assert len(found) == tasks, found
+    return run, final(found)
 
 
 def test_parameters_are_the_options():
@@ -145,8 +136,9 @@ def test_bad_input_fails_the_flow_with_its_own_error(audit_flow, models, server,
 
 
 def test_past_its_deadline_the_version_says_error(audit_flow, models, client, server):
+    data = endless_data("never_come")
     with pytest.raises(DeadlineError):
-        audit_flow("models:/good/2", models.data, deadline=0.3, tracking_uri=models.uri)
+        audit_flow("models:/good/2", data, deadline=2, tracking_uri=models.uri)
     assert newest(server, tasks=2)[0].state.is_failed()
     tags = client.get_model_version("good", "2").tags
     assert tags["flataudit.verdict"] == "error"

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from mlflow import MlflowClient
 
 from flataudit import cli, stages, tracking
 from flataudit.errors import AuditFailedError, InputError, StoreError
-from tests.shells import environment
+from tests.prefect_api import newest_run
+from tests.shells import endless_data, environment
 from tests.sweep_store import HEALTHY, PLANTED, make_fleet, table
 
 ALL = sorted([*HEALTHY, *PLANTED])
@@ -59,20 +59,14 @@ def audits(client, **tags):
 
 
 def task_runs(server, name, tasks):
-    """Final states of the newest flow run's tasks of one name, once there are so many."""
-    from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
+    """Final states of the newest sweep's tasks of one name, once there are so many."""
 
-    with SyncPrefectClient(server) as api:
-        (run,) = api.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
-        for _ in range(60):  # task runs reach the server a little after the flow has ended
-            found = api.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
-            states = [t.state.name for t in found if t.name.startswith(name) and t.state.is_final()]
-            if len(states) >= tasks:
-                break
-            time.sleep(0.5)
-    return run, sorted(states)
+    def states(found):
+        return sorted(task.state.name for task in found
+                      if task.name.startswith(name) and task.state.is_final())  # fmt: skip
+
+    run, found = newest_run(server, "flataudit-sweep", lambda found: len(states(found)) >= tasks)
+    return run, states(found)
 
 
 def test_failures_are_named_and_stop_nobody(sweep, fleet, client, server):
@@ -206,11 +200,13 @@ def test_retries_are_for_what_may_pass(sweep, fleet, client, monkeypatch):
 
 def test_past_its_deadline_one_fails_alone(sweep, fleet, client, monkeypatch):
     real = stages.estimate
+    endless = endless_data("sweep_never_comes")
 
     def slow(loaded, options, progress=None):
-        deadline = 0.2 if loaded["source"]["uri"] == "models:/fleet-a/1" else None
         assert options["deadline"] == 100.0
-        return real(loaded, options | {"deadline": deadline}, progress)
+        if loaded["source"]["uri"] != "models:/fleet-a/1":
+            return real(loaded, options | {"deadline": None}, progress)
+        return real(loaded | {"train": endless}, options | {"deadline": 2}, progress)
 
     monkeypatch.setattr(stages, "estimate", slow)
     healthy = fleet.pipeline(model={"name": "fleet-[ab]", "select": "latest"}, deadline=100)
@@ -218,7 +214,7 @@ def test_past_its_deadline_one_fails_alone(sweep, fleet, client, monkeypatch):
     assert result["counts"] == {"audited": 2, "skipped": 0, "failed": 0}
     _, result = sweep(healthy | {"model": {"name": "fleet-a", "select": "version", "version": 1},
                                  "options": {"seed": 9}})  # fmt: skip
-    assert "to end within 0.2 s" in result["rows"][0]["error"]
+    assert "to end within 2 s" in result["rows"][0]["error"]
     assert client.get_model_version("fleet-a", "1").tags["flataudit.verdict"] == "error"
 
 
