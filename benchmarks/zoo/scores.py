@@ -24,7 +24,9 @@ import numpy as np
 
 from benchmarks.zoo import statistics as s
 from benchmarks.zoo.grid import HYPERPARAMETERS, differ_in_one
-from benchmarks.zoo.rules import ESTIMATES, RULES, number, regimes
+from benchmarks.zoo.rules import ESTIMATES, RULES, decided, number, regimes
+from flataudit.results import Z_LEVEL
+from flataudit.selection import MODEL_ERROR, choose_confidence, widened
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ ORDERS = (
     "hessian_trace", "hessian_top", "trace_ratio", "sam", "path_norm", "parameter_norm",
     "n_params", "alpha",
 )  # fmt: skip
-OURS = "rule_audit_loo"
+OURS = "rule_list"
 RIVALS = ("cv_gap", "aic", "waic", "mpe_kfac", "mpe", "randalo", *ORDERS)
 FLOOR_DRAWS = 200
 LEVEL = 0.9
@@ -131,7 +133,7 @@ def interval(
     rows: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[float], list[float]] | None:
     """The estimate's 90 % intervals: the audit's own, or +- 1.645 standard errors."""
-    own = {"rule_audit_loo": "by_loo", "rule_audit_heldout": "by_heldout"}.get(name)
+    own = {"rule_audit_loo": "by_loo", "rule_audit_heldout": "by_heldout", OURS: OURS}.get(name)
     if own is not None:
         keys = (f"{own}_low", f"{own}_high")
         ends = [[number(row, key) for row in rows] for key in keys]
@@ -255,8 +257,30 @@ def _difference(a: float, b: float) -> float:
 
 
 def with_rules(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """The rows with a column for each rule."""
-    return [dict(row) | {name: rule(row) for name, rule in RULES.items()} for row in rows]
+    """The rows with a column for each rule, and what the package's list says of each as it is now.
+
+    A row's own by_loo_confidence is that of the audit as it was made; it makes way for the list's.
+    """
+    return [
+        dict(row) | {name: rule(row) for name, rule in RULES.items()} | listed(row) for row in rows
+    ]
+
+
+def listed(row: Mapping[str, Any]) -> Json:
+    """The decision list's interval, estimator and confidence for a row, by the package's rules."""
+    from benchmarks.zoo.rule_fit import observed  # which reads results by this module
+
+    found = decided(row)
+    if found is None:
+        return {}
+    low, high = widened(found.gap, Z_LEVEL * found.se, MODEL_ERROR[found.estimator], Z_LEVEL)
+    confidence, _ = choose_confidence(observed(row, found, (low, high)))
+    return {
+        f"{OURS}_low": low,
+        f"{OURS}_high": high,
+        f"{OURS}_estimator": found.estimator,
+        "by_loo_confidence": confidence,
+    }
 
 
 def all_scores(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:

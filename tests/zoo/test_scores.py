@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from statistics import NormalDist
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks.zoo import rules as r
 from benchmarks.zoo import scores as sc
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import collect, without_time
+from flataudit.selection import MODEL_ERROR
 from flataudit.training import parse_training
 
 
@@ -21,7 +23,9 @@ def row(i, group=0, **change):
         "gap_se": 0.001, "floor": 0.02, "n_params": 50, "n_rows": 900,
         "record_loo": 2 * gap, "record_loo_se": gap, "record_soft_rank": gap, "record_tic": -gap,
         "record_soft_rank_recalibrated": 0.5 * gap, "record_penalty": 0.3, "decay_penalty": 0.1,
-        "by_loo_verdict": "calibrated", "by_loo_direction": "none", "by_loo_gap": gap,
+        "by_loo_verdict": "calibrated", "by_loo_direction": "none", "by_loo_severity": "none",
+        "by_loo_saturated": False, "by_loo_warnings": "", "by_loo_gap": gap,
+        "record_soft_rank_se": 0.01, "record_scale": 0.9, "record_rank": 10.0, "n_train": 100 + i,
         "by_loo_low": 0.0, "by_loo_high": 0.35, "by_loo_confidence": "ok",
         "record_accuracy": 0.8, "record_mean_confidence": 0.9, "test_accuracy": 0.77,
         "test_mean_confidence": 0.86, "sam": -gap,
@@ -80,6 +84,19 @@ def test_scores_of_a_perfect_and_of_a_doubled_estimate():
     assert "error_median" not in found["sam"]
     assert found["sam"]["kendall"]["value"] == pytest.approx(-1)
     json.dumps(found, allow_nan=False)
+
+
+def test_the_list_as_it_is_now_judges_a_row():
+    found = sc.listed(row(0))
+    assert found["rule_list_estimator"] == "soft_rank"  # calibrated
+    assert found["by_loo_confidence"] == "ok"
+    z, tau = NormalDist().inv_cdf(0.95), MODEL_ERROR["soft_rank"]
+    margin, factor = z * 0.01, 0.1 * math.expm1(z * tau)  # of the gap .1 with its se
+    assert found["rule_list_high"] == pytest.approx(0.1 + math.hypot(margin, factor))
+    vanished = sc.with_rules([row(0, by_loo_saturated=True, by_loo_confidence="ok")])[0]
+    assert vanished["by_loo_confidence"] == "low"
+    assert "called_low" in r.regimes(vanished)
+    assert sc.listed(row(0, by_loo_verdict=None)) == {}
 
 
 def test_pairs_are_within_a_group():
@@ -143,7 +160,7 @@ def test_the_floor_is_the_noise_of_a_normal():
 
 
 def test_rivals_are_compared_on_common_models():
-    rows = [dict(one, rule_audit_loo=one["gap"], cv_gap=one["gap"] * 2) for one in ROWS]
+    rows = [dict(one, rule_list=one["gap"], cv_gap=one["gap"] * 2) for one in ROWS]
     for one in rows[:4]:
         one["cv_gap"] = None
     found = sc.beside(rows, "cv_gap", draws=20)
