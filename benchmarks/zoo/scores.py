@@ -44,6 +44,7 @@ RIVALS = ("cv_gap", "aic", "waic", "mpe_kfac", "mpe", "randalo", *ORDERS)
 FLOOR_DRAWS = 200
 LEVEL = 0.9
 FEWEST = 5  # models that a score needs
+FEWEST_GROUPS = 5  # independent groups that an interval needs
 FEWEST_PER_TASK = 8  # models that PGDL's score needs of a task
 
 
@@ -239,9 +240,7 @@ def beside(rows: Sequence[Mapping[str, Any]], rival: str, *, draws: int = 200) -
     found: Json = {"n": len(rows)}
     ones = np.ones(len(rows))
     for name, (mine, other) in scores.items():
-        low, high = s.bootstrap(
-            lambda w, a=mine, b=other: _difference(b(w), a(w)), groups, draws=draws, level=LEVEL
-        )
+        low, high = _interval(lambda w, a=mine, b=other: _difference(b(w), a(w)), groups, draws)
         found[name] = {
             "ours": _null(mine(ones)),
             "theirs": _null(other(ones)),
@@ -284,7 +283,7 @@ def listed(row: Mapping[str, Any]) -> Json:
 
 
 def all_scores(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:
-    """{regime: {n, accuracies, floor, beside: {rival: ...}, scores: {column: scores}}}."""
+    """{regime: {n, groups, accuracies, floor, beside: {rival: ...}, scores: {column: ...}}}."""
     rows = with_rules(rows)
     names = list(dict.fromkeys(regime for row in rows for regime in regimes(row)))
     found: Json = {}
@@ -294,6 +293,7 @@ def all_scores(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:
         rivals = {name: beside(of, name, draws=draws) for name in RIVALS}
         found[regime] = {
             "n": len(of),
+            "groups": len({row["group"] for row in of}),
             "accuracies": accuracies(of, draws=draws),
             "floor": floor(of),
             "beside": {name: value for name, value in rivals.items() if value is not None},
@@ -319,6 +319,27 @@ def table(found: Json, regime: str = "all") -> str:
     return "\n".join(lines)
 
 
+def dump(found: Json) -> str:
+    """JSON with four decimals, one line per estimate."""
+    lines = []
+    for regime, parts in _rounded(found).items():
+        inner = []
+        for key, value in parts.items():
+            if key in ("scores", "beside"):
+                rows = ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+                inner.append(f"  {json.dumps(key)}: {{\n{rows}\n  }}")
+            else:
+                inner.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+        lines.append(f" {json.dumps(regime)}: {{\n" + ",\n".join(inner) + "\n }")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def read(path: Path) -> list[Json]:
     """The rows of a parquet, missing values as None."""
     import pyarrow.parquet as pq
@@ -336,13 +357,19 @@ def main() -> None:
     given = arguments.parse_args()
     found = all_scores(read(given.results), draws=given.draws)
     out = given.out or given.results.with_name("scores.json")
-    out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    out.write_text(dump(found), encoding="utf-8")
     for regime in found:
         print(f"\n{regime}: {found[regime]['n']} models\n{table(found, regime)}")
 
 
+def _interval(measure: s.Score, groups: Sequence[str], draws: int) -> tuple[float, float]:
+    if len(set(groups)) < FEWEST_GROUPS:
+        return math.nan, math.nan
+    return s.bootstrap(measure, groups, draws=draws, level=LEVEL)
+
+
 def _bounded(measure: s.Score, groups: Sequence[str], draws: int) -> Json:
-    low, high = s.bootstrap(measure, groups, draws=draws, level=LEVEL)
+    low, high = _interval(measure, groups, draws)
     return {"value": _null(measure(np.ones(len(groups)))), "low": _null(low), "high": _null(high)}
 
 

@@ -32,7 +32,7 @@ def row(i, group=0, **change):
     } | change  # fmt: skip
 
 
-ROWS = [row(i, group) for group in range(3) for i in range(6)]
+ROWS = [row(i, group) for group in range(6) for i in range(6)]
 
 
 def test_rules():
@@ -100,7 +100,7 @@ def test_the_list_as_it_is_now_judges_a_row():
 
 
 def test_pairs_are_within_a_group():
-    assert len(sc.one_apart(ROWS)) == 3 * 15
+    assert len(sc.one_apart(ROWS)) == 6 * 15
     assert {name for _, _, name in sc.one_apart(ROWS)} == {"n"}
 
 
@@ -120,8 +120,9 @@ def test_models_without_an_estimate_are_left_out_and_counted():
     for one in rows[:10]:
         one["record_loo"] = None
     found = sc.all_scores(rows, draws=5)["all"]
-    assert found["n"] == 18
-    assert found["scores"]["record_loo"]["n"] == 8
+    assert found["n"] == 36
+    assert found["groups"] == 6
+    assert found["scores"]["record_loo"]["n"] == 26
     rows = [dict(one, record_loo=math.nan) for one in ROWS]
     assert "record_loo" not in sc.all_scores(rows, draws=5)["all"]["scores"]
 
@@ -132,7 +133,7 @@ def test_accuracy_and_confidence_gap_in_points():
         for one in ROWS
     ]
     found = sc.accuracies(rows, draws=20)
-    assert found["record"]["n"] == 18
+    assert found["record"]["n"] == 36
     for who, points, confidence in (("record", 3.0, 1.0), ("heldout", 1.0, 7.0)):
         for name, value in (("accuracy", points), ("confidence_gap", confidence)):
             assert found[who][name] == {
@@ -151,12 +152,12 @@ def test_the_floor_is_the_noise_of_a_normal():
     # Log errors near noise over gap: .01 times the quantiles of |N(0, 1)|, .674 and 1.645.
     rows = [dict(one, gap=1.0 + 0.0001 * i, floor=0.01) for i, one in enumerate(ROWS * 20)]
     found = sc.floor(rows)
-    assert found["n"] == 360
+    assert found["n"] == 720
     assert found["error_median"] == pytest.approx(0.00674, rel=0.05)
     assert found["error_p90"] == pytest.approx(0.01645, rel=0.05)
     exact = sc.floor([dict(one, floor=1e-9) for one in ROWS])
-    # Of 153 pairs 18 have one gap: all others are right, and tau-b divides by sqrt(153 * 135).
-    assert exact["kendall"] == pytest.approx(math.sqrt(135 / 153))
+    # Of 630 pairs 90 have one gap: all others are right, and tau-b divides by sqrt(630 * 540).
+    assert exact["kendall"] == pytest.approx(math.sqrt(540 / 630))
 
 
 def test_rivals_are_compared_on_common_models():
@@ -164,7 +165,7 @@ def test_rivals_are_compared_on_common_models():
     for one in rows[:4]:
         one["cv_gap"] = None
     found = sc.beside(rows, "cv_gap", draws=20)
-    assert found["n"] == 14
+    assert found["n"] == 32
     assert found["kendall"]["ours"] == found["kendall"]["theirs"] == pytest.approx(1.0)
     assert found["excess_median"]["ours"] == 0.0
     assert found["excess_median"]["low"] > 0  # the rival's error is larger in every draw
@@ -172,6 +173,28 @@ def test_rivals_are_compared_on_common_models():
     assert opposite["kendall"]["theirs"] == pytest.approx(-1.0)
     assert set(opposite) == {"n", "kendall"}
     assert sc.beside(rows[:4], "cv_gap") is None
+
+
+def test_few_groups_have_no_interval():
+    few = [one for one in ROWS if one["seed"] < sc.FEWEST_GROUPS - 1]
+    tau = sc.all_scores(few, draws=5)["all"]["scores"]["record_loo"]["kendall"]
+    assert tau == {"value": pytest.approx(1), "low": None, "high": None}
+
+
+def test_scores_are_written_a_line_each_and_read_back():
+    found = sc.all_scores(ROWS, draws=5)
+    text = sc.dump(found)
+    back = json.loads(text)
+    assert set(back) == set(found)
+    for regime, parts in found.items():
+        assert set(back[regime]) == set(parts)
+        for name, scores in parts["scores"].items():
+            assert back[regime]["scores"][name]["n"] == scores["n"]
+            value = scores["kendall"]["value"]
+            assert back[regime]["scores"][name]["kendall"]["value"] == (
+                None if value is None else pytest.approx(value, abs=1e-4)
+            )
+    assert len(text.splitlines()) < 60 * len(found)
 
 
 def test_rows_survive_the_parquet(tmp_path):
