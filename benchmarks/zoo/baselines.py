@@ -37,7 +37,7 @@ from flataudit.families import Family, make_family
 from flataudit.fitting import PenalisedFit, penalised_fit
 from flataudit.models.sklearn import as_network
 from flataudit.solvers import FunctionalVariance
-from flataudit.training import parse_training
+from flataudit.training import TrainingRecord, parse_training
 
 Json = dict[str, Any]
 
@@ -86,7 +86,7 @@ def baselines(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json
 
 
 def penalised(
-    cell: Cell, model: Any, record: Json | None, drawn: Drawn
+    cell: Cell, model: Any, record: Json | TrainingRecord | None, drawn: Drawn
 ) -> tuple[PenalisedFit, nn.Module]:
     """The penalised fit that the audit makes, and the network (an estimator's twin) in float64."""
     subject = as_network(model, pair(cell, drawn.train), None, FAMILY[drawn.pools.task])
@@ -101,7 +101,7 @@ def penalised(
     fitted = penalised_fit(
         problem,
         penalty="auto",
-        record=None if record is None else parse_training(record),
+        record=parse_training(record) if isinstance(record, dict) else record,
         dispersion="auto",
         solver="auto",
         own=subject.penalty,

@@ -17,6 +17,7 @@ import contextlib
 import io
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -206,7 +207,8 @@ def alpha(cell: Cell, model: Any) -> tuple[float, None]:
     noise = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # it logs and prints as it goes
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its use of pandas
             package = _import("weightwatcher")
             watcher = package.WeightWatcher(model=model)
             found = watcher.get_summary(watcher.analyze())
