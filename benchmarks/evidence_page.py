@@ -392,8 +392,10 @@ def regimes_table(evidence: Evidence) -> str:
                 plain(get("coverage"), percent),
             )
         )
-    heads = ("regime", "models", "Kendall's tau (90 %)", "factor, median", "90th percentile",
-             "noise alone, median", "excess, median", "excess, 90th", "in the interval")  # fmt: skip
+    heads = (
+        "regime", "models", "Kendall's tau (90 %)", "factor, median", "90th percentile",
+        "noise alone, median", "excess, median", "excess, 90th", "in the interval",
+    )  # fmt: skip
     return table(heads, rows)
 
 

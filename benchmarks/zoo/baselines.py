@@ -1,4 +1,4 @@
-"""The rivals on the same models: what else could be asked of a trained model.
+"""Baselines on the same models: what else could be asked of a trained model.
 
     python -m benchmarks.zoo.baselines [--quick] [--store FOLDER] [--data FOLDER]
 

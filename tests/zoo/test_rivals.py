@@ -90,8 +90,8 @@ def test_layers_that_kfac_does_not_know_are_left_out():
     value, _ = r.memory_perturbation(fitted(normed, x, y, Categorical()), normed)
     assert value > 0
     assert all(p.requires_grad for p in normed.parameters())
+    alone = nn.LayerNorm(4).double()
     with pytest.raises(r.Undefined, match="no Linear or Conv2d"):
-        alone = nn.LayerNorm(4).double()
         r.memory_perturbation(fitted(alone, x, y, Categorical()), alone)
 
 
