@@ -12,7 +12,8 @@ from benchmarks.zoo.baselines import baseline_cell
 from benchmarks.zoo.grid import grid
 from benchmarks.zoo.measure import RESULTS, measure_cell, write_results
 from benchmarks.zoo.rivals import rival_cell
-from benchmarks.zoo.scores import all_scores, read
+from benchmarks.zoo.rules import decision_list
+from benchmarks.zoo.scores import all_scores, listed, read
 from benchmarks.zoo.train import train_cell
 
 PASSES = (train_cell, measure_cell, baseline_cell, rival_cell)
@@ -75,6 +76,19 @@ def test_linear_models_rows_are_the_committed_ones(rows):
             assert row[key] == pytest.approx(committed[row["name"]][key], rel=1e-3, abs=1e-5), (
                 row["name"], key,
             )  # fmt: skip
+
+
+def test_the_decision_list_on_rows_is_what_the_audit_does(rows):
+    """Scores apply the list to rows; these were audited with the code as it is."""
+    for row in rows.values():
+        found = listed(row)
+        assert found["rule_list_estimator"] == row["by_loo_estimator"], row["name"]
+        assert found["by_loo_confidence"] == row["by_loo_confidence"], row["name"]
+        assert decision_list(row) == pytest.approx(row["by_loo_gap"], rel=1e-9)
+        width = row["by_loo_high"] - row["by_loo_low"]
+        for end in ("low", "high"):  # a blend's standard error is that of its parts, roughly
+            difference = abs(found[f"rule_list_{end}"] - row[f"by_loo_{end}"])
+            assert difference < 0.05 * width, row["name"]
 
 
 def test_scores_and_their_intervals(rows):
