@@ -276,6 +276,7 @@ def audit(
         gradient_noise=fit.remaining_gradient / sampling_error if sampling_error > 0 else 0.0,
         max_leverage=estimators.largest_leverage(variance),
         training_time=fit.penalty_info.has_training_time,
+        linear=linear,
         shift=None if unseen is None else unseen.shift,
         solver=fit.solver,
     )

@@ -40,6 +40,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "flataudit/predicted_accuracy": ("predicted_accuracy", "value"),
     "flataudit/gap_soft_rank": ("estimates", "soft_rank", "gap"),
     "flataudit/gap_soft_rank_recalibrated": ("estimates", "soft_rank_recalibrated", "gap"),
+    "flataudit/gap_soft_rank_blend": ("estimates", "soft_rank_blend", "gap"),
     "flataudit/gap_tic": ("estimates", "tic", "gap"),
     "flataudit/gap_loo": ("estimates", "loo", "gap"),
     "flataudit/soft_rank": ("estimates", "soft_rank", "rank"),

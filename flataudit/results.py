@@ -87,6 +87,7 @@ class PenaltyPoint:
     tic: float | None
     loo: float | None
     soft_rank_recalibrated: float | None = None
+    soft_rank_blend: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

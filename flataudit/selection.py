@@ -152,6 +152,7 @@ class Observations:
     gradient_noise: float  # |grad + D theta| / sqrt(trC / n)
     max_leverage: float | None  # largest eigenvalue of any Q_i, where they are known
     training_time: bool  # D holds a finite training time
+    linear: bool = False  # in its parameters
     shift: Shift | None = None  # held-out against training inputs
     solver: SolverInfo | None = None
 
@@ -161,10 +162,10 @@ def choose_confidence(
 ) -> tuple[ConfidenceLevel, tuple[str, ...]]:
     """May the prediction be relied on: ok, low or refused, and why it is not ok.
 
-    low: the penalty is a guess, the gradients have vanished, over-confidence is critical, the
-    calibration is unknown, leave-one-out extrapolates, the solver's error is unknown, or held-out
-    data contradict it. refused: over-confident or saturated, and the penalty a guess. Milder
-    over-confidence is answered by the estimator and its interval.
+    low: the penalty is a guess, the gradients have vanished, a network is over-confident to a high
+    degree, the calibration is unknown, leave-one-out extrapolates, the solver's error is unknown,
+    or held-out data contradict it. refused: over-confident or saturated, and the penalty a guess.
+    Mild over-confidence is within the interval, and a linear model's does not harm leave-one-out.
     """
     policy = policy or SelectionPolicy()
     c = seen.calibration
@@ -174,8 +175,9 @@ def choose_confidence(
         reasons.append("the penalty is a guess, for no training record was given")
     if seen.saturated:
         reasons.append("the training data are fitted so closely that the gradients have vanished")
-    if over and (guessed or c.severity == "critical"):
-        how = "critically " if c.severity == "critical" else ""
+    strong = c.severity in ("high", "critical") and not seen.linear
+    if over and (guessed or strong):
+        how = "strongly " if strong else ""
         reasons.append(f"the model is {how}over-confident")
     if c.verdict == "unknown":
         reasons.append("its calibration could be judged on training data only")

@@ -5,6 +5,8 @@ One more factorisation per other penalty, two where the model is recalibrated.
 
 from __future__ import annotations
 
+import math
+
 from flataudit import estimates as estimators
 from flataudit.curvature.problem import Problem
 from flataudit.errors import InputError, NumericalError
@@ -39,13 +41,14 @@ def penalty_sensitivity(
     """
     if not any(bool(d.any()) for d in fit.penalty.values()):
         return None
-    recalibrated = at_penalty.soft_rank_recalibrated
+    recalibrated, blend = at_penalty.soft_rank_recalibrated, at_penalty.soft_rank_blend
     here = PenaltyPoint(
         1.0,
         at_penalty.soft_rank.gap,
         at_penalty.tic.gap,
         None if at_penalty.loo is None else at_penalty.loo.gap,
         None if recalibrated is None else recalibrated.gap,
+        None if blend is None else blend.gap,
     )
     scale = None if recalibrated is None else recalibrated.scale
     return tuple(here if factor == 1.0 else _point(fit, factor, scale) for factor in FACTORS)
@@ -64,10 +67,14 @@ def _point(fit: PenalisedFit, factor: float, scale: float | None) -> PenaltyPoin
             recalibrated = estimators.measure_soft_rank(again).gap
     except NumericalError:  # a neighbouring penalty is no reason for the audit to fail
         return PenaltyPoint(factor, None, None, None, None)
+    soft_rank = estimators.measure_soft_rank(variance).gap
     return PenaltyPoint(
         factor,
-        estimators.measure_soft_rank(variance).gap,
+        soft_rank,
         estimators.measure_tic(variance, v).gap,
         None if left_out is None else left_out[1].gap,
         recalibrated,
+        math.sqrt(soft_rank * recalibrated)
+        if scale is not None and scale < 1.0 and recalibrated is not None
+        else None,
     )

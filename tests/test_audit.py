@@ -18,6 +18,7 @@ import flataudit
 import flataudit.solvers as solvers
 from flataudit import InputError, audit
 from flataudit.errors import MemoryPlanError
+from flataudit.selection import MODEL_ERROR
 from tests.case import first
 from tests.cases import CASES, REFERENCES, build, reference
 from tests.dense import dense
@@ -129,8 +130,11 @@ def test_gap_interval_and_predictions_belong_together():
     chosen = getattr(report.estimates, gap.estimator)
     assert gap.value == chosen.gap
     assert gap.level == 0.9
-    assert gap.high - gap.value == pytest.approx(1.6448536 * chosen.se, rel=1e-6)
-    assert gap.value - gap.low == pytest.approx(gap.high - gap.value, rel=1e-9)
+    assert gap.model_error == MODEL_ERROR[gap.estimator] > 0
+    for end, sign in ((gap.low, -1), (gap.high, 1)):
+        own = gap.value * math.expm1(sign * 1.6448536 * gap.model_error)
+        half = math.hypot(1.6448536 * chosen.se, own)
+        assert end == pytest.approx(gap.value + sign * half, rel=1e-6)
     predicted = report.predicted_test_nll
     for field in ("value", "low", "high"):
         assert getattr(predicted, field) == pytest.approx(report.train.nll + getattr(gap, field))
@@ -249,9 +253,14 @@ def test_overconfident_network_is_recalibrated():
         y = torch.multinomial(p, 1, generator=generator)[:, 0]
     report = audit(model, (x, y), penalty=0.05)
     assert report.calibration.direction == "over"
-    assert report.gap.estimator == "soft_rank_recalibrated"
+    assert report.gap.estimator == "soft_rank_blend"
     assert report.estimates.soft_rank_recalibrated.scale < 1
-    assert report.confidence == "low"
+    parts = report.estimates.soft_rank, report.estimates.soft_rank_recalibrated
+    blend = report.estimates.soft_rank_blend
+    assert blend.gap == pytest.approx(math.sqrt(parts[0].gap * parts[1].gap), rel=1e-12)
+    assert min(p.se for p in parts) - 1e-9 <= blend.se <= max(p.se for p in parts) + 1e-9
+    assert (report.calibration.severity, report.confidence) == ("critical", "low")
+    assert report.confidence_reasons == ("the model is strongly over-confident",)
     assert "overconfident" in {w.code for w in report.warnings}
     assert audit(model, (x, y)).confidence == "refused"
     linear = nn.Linear(4, 3).double()
@@ -280,7 +289,7 @@ def test_calibrated_network_takes_the_soft_rank():
 
 KEYS = {
     "": "schema model data family dispersion penalty train heldout calibration estimates premise"
-    " gap predicted_test_nll predicted_accuracy confidence warnings solver",
+    " gap predicted_test_nll predicted_accuracy confidence confidence_reasons warnings solver",
     "model": "uri name version model_id flavor n_params",
     "data": "n_samples n_outputs sha256 heldout_samples",
     "dispersion": "value source",
@@ -291,13 +300,14 @@ KEYS = {
     "calibration": "evidence n ece ece_if_calibrated mce ace mean_confidence accuracy slope"
     " slope_ci confidence_gap confidence_gap_ci p_values verdict direction severity",
     "calibration.p_values": "slope bins bias",
-    "estimates": "soft_rank tic loo soft_rank_recalibrated",
+    "estimates": "soft_rank tic loo soft_rank_recalibrated soft_rank_blend",
     "estimates.soft_rank": "gap se rank",
     "estimates.tic": "gap se",
     "estimates.loo": "gap se accuracy mean_confidence",
     "estimates.soft_rank_recalibrated": "gap se rank scale",
+    "estimates.soft_rank_blend": "gap se",
     "premise": "information_ratio z evidence",
-    "gap": "value low high level estimator reason",
+    "gap": "value low high level estimator reason model_error",
     "predicted_test_nll": "value low high",
     "predicted_accuracy": "value low high",
     "solver": "name exact reason device dtype seconds peak_bytes",
@@ -308,6 +318,7 @@ NULLABLE = {
     "heldout",
     "estimates.loo",
     "estimates.soft_rank_recalibrated",
+    "estimates.soft_rank_blend",
     "predicted_accuracy",
     "premise",
 }
@@ -317,7 +328,7 @@ ALLOWED = {
     "calibration.evidence": {"heldout", "loo", "train"},
     "calibration.direction": {"over", "under", "mixed", "none"},
     "calibration.severity": {"none", "info", "warn", "high", "critical"},
-    "gap.estimator": {"soft_rank", "tic", "loo", "soft_rank_recalibrated"},
+    "gap.estimator": {"soft_rank", "tic", "loo", "soft_rank_recalibrated", "soft_rank_blend"},
     "confidence": {"ok", "low", "refused"},
 }
 

@@ -439,7 +439,7 @@ KEYS = {
         "slope", "slope_ci", "confidence_gap", "confidence_gap_ci", "p_values", "verdict",
         "direction", "severity",
     },
-    "estimates": {"soft_rank", "tic", "loo", "soft_rank_recalibrated"},
+    "estimates": {"soft_rank", "tic", "loo", "soft_rank_recalibrated", "soft_rank_blend"},
     "premise": {"information_ratio", "z", "evidence"},
     "gap": {"value", "low", "high", "level", "estimator", "reason"},
     "predicted_test_nll": {"value", "low", "high"},

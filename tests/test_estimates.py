@@ -239,6 +239,39 @@ def test_loo_does_not_exist_at_leverage_one(last):
     assert estimates.loo(variance, v, Gaussian(), v, y) is None
 
 
+def measured(psi, **errors):
+    values = torch.tensor(psi, dtype=torch.float64)
+    return estimates.Measured(float(values.mean()), values, **errors)
+
+
+def test_the_blend_is_the_geometric_mean_and_its_contributions_average_to_it():
+    first, second = measured([0.1, 0.3, 0.2]), measured([0.9, 1.2, 0.3])
+    found = estimates.blend(first, second)
+    assert found.gap == pytest.approx(math.sqrt(0.2 * 0.8), rel=1e-12)
+    assert float(found.psi.mean()) == pytest.approx(found.gap, rel=1e-12)
+    assert (found.monte_carlo_se, found.truncation) == (None, None)
+    nudged = estimates.blend(measured([0.1, 0.3, 0.2 + 3e-6]), second)
+    slope = (nudged.gap - found.gap) / 3e-6  # d gap / d psi_i = b/(2 a_1 n)
+    assert slope == pytest.approx(found.gap / (2 * 0.2 * 3), rel=1e-4)
+    assert estimates.blend(first, first).psi.tolist() == pytest.approx(first.psi.tolist())
+
+
+def test_the_blend_carries_the_errors_of_both_parts():
+    parts = [measured([g], monte_carlo_se=0.1 * g, truncation=0.01 * g, noise=g * g)
+             for g in (0.2, 0.8)]  # fmt: skip
+    found = estimates.blend(*parts)
+    assert found.monte_carlo_se == pytest.approx(0.1 * found.gap)
+    assert found.truncation == pytest.approx(0.01 * found.gap)
+    assert found.noise == pytest.approx(found.gap**2 / 2)
+
+
+@pytest.mark.parametrize("nothing", [0.0, -1e-18])
+def test_the_blend_with_nothing_is_nothing(nothing):
+    found = estimates.blend(measured([0.2, 0.4]), measured([nothing, nothing]))
+    assert found.gap == 0.0
+    assert found.psi.tolist() == [0.0, 0.0]
+
+
 def test_mean_and_se():
     values = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
     mean, se = estimates.mean_and_se(values)

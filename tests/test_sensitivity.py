@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -41,7 +42,17 @@ def test_recalibrated_at_the_same_scale():
     low, middle, high = (point.soft_rank_recalibrated for point in report.sensitivity)
     assert middle == here.gap
     assert low > middle > high > 0
-    assert audit(network(), (X, Y), penalty=PENALTY).sensitivity[0].soft_rank_recalibrated is None
+    assert report.estimates.soft_rank_recalibrated.scale < 1
+    assert report.sensitivity[1].soft_rank_blend == report.estimates.soft_rank_blend.gap
+    for point in report.sensitivity:
+        product = point.soft_rank * point.soft_rank_recalibrated
+        assert point.soft_rank_blend == pytest.approx(math.sqrt(product), rel=1e-9)
+
+
+def test_a_model_that_is_not_recalibrated_is_not_at_other_penalties_either():
+    point = audit(torch.nn.Linear(4, 3), (X, Y), penalty=PENALTY).sensitivity[0]
+    assert point.loo is not None
+    assert point.soft_rank_recalibrated is point.soft_rank_blend is None
 
 
 def test_gaussian_dispersion_stays_as_it_was():

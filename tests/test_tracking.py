@@ -231,13 +231,14 @@ def test_the_metrics_are_the_contract_s(audited):
     report = copy.deepcopy(audited[0])
     report["heldout"] = {"nll": 1.0, "accuracy": 0.5, "gap": 0.25, "gap_se": 0.1}
     report["estimates"]["soft_rank_recalibrated"] = {"gap": 0.5, "se": 0.1, "rank": 3, "scale": 1}
+    report["estimates"]["soft_rank_blend"] = {"gap": 0.3, "se": 0.1}
     report["premise"] = {"information_ratio": 1.5, "z": 0.1, "evidence": "loo"}
     report["calibration"]["ece"] = 0.125
     report["calibration"]["slope"] = 0.75
     names = (
         "gap gap_low gap_high predicted_test_nll predicted_accuracy gap_soft_rank"
-        " gap_soft_rank_recalibrated gap_tic gap_loo soft_rank train_nll ece confidence_gap slope"
-        " information_ratio stationarity heldout_gap heldout_gap_se"
+        " gap_soft_rank_recalibrated gap_soft_rank_blend gap_tic gap_loo soft_rank train_nll ece"
+        " confidence_gap slope information_ratio stationarity heldout_gap heldout_gap_se"
     )
     metrics = tracking.metrics_of(report)
     assert set(metrics) == {f"flataudit/{name}" for name in names.split()}

@@ -184,13 +184,19 @@ def _loss_row(name: str, kind: str, mark: Any, text: str) -> dict[str, Any]:
 
 
 def _estimator_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every estimator with gap, standard error and interval gap +- z se; the observed gap last."""
+    """Every estimator with gap, standard error and interval; the observed gap last.
+
+    The intervals are gap +- z se, and that of the one used is the report's, with its own error.
+    """
     z = words.z_of(report)
     rows = [
         {"code": code, "name": name, "what": what, "used": report["gap"]["estimator"] == code,
          **_estimate(report["estimates"].get(code), z)}
         for code, (name, what) in words.ESTIMATORS.items()
     ]  # fmt: skip
+    for row in rows:
+        if row["used"] and row["low"] is not None:
+            row["low"], row["high"] = report["gap"]["low"], report["gap"]["high"]
     heldout = report["heldout"]
     if heldout:
         seen = _estimate({"gap": heldout["gap"], "se": heldout["gap_se"]}, z)

@@ -120,6 +120,10 @@ ESTIMATORS: Mapping[str, tuple[str, str]] = {
         "Soft rank, recalibrated",
         "soft rank with the confidence corrected",
     ),
+    "soft_rank_blend": (
+        "Soft rank, blended",
+        "geometric mean of the soft rank and the recalibrated one",
+    ),
 }
 RELIANCE: Mapping[str, str] = {
     "ok": "Yes, rely on it",
@@ -254,7 +258,10 @@ def classifies(report: Report) -> bool:
 
 
 def reliance(report: Report) -> tuple[str, list[str]]:
-    """Whether the prediction may be relied on, in words, and why."""
+    """Whether the prediction may be relied on, in words, and why; if not, every reason why not."""
+    doubts = report.get("confidence_reasons")
+    if doubts:
+        return RELIANCE.get(report["confidence"], RELIANCE["refused"]), list(doubts)
     known = (
         "what held the weights back in training (the penalty) is known: "
         + PENALTY_SOURCES[report["penalty"]["source"]]
@@ -317,9 +324,22 @@ def explain(report: Report) -> list[str]:
     lines.append(f"{label}: {'; '.join(reasons)}.")
     name = ESTIMATORS[gap["estimator"]][0]
     lines.append(sentence(f"The gap is the one by {name}: {gap['reason']}"))
+    lines.append(interval_text(report))
     if gap.get("lower_bound"):
         lines.append(LOWER_BOUND)
     return [line for line in lines if line]
+
+
+def interval_text(report: Report) -> str:
+    """What the gap's interval holds; "" for an audit that counted the sampling error alone."""
+    error = report["gap"].get("model_error")
+    if not error:
+        return ""
+    return (
+        f"The {level_text(report)} interval holds the sampling error and the estimator's own: up to"
+        f" a factor of {math.exp(z_of(report) * error):.1f} either way on the models it was"
+        " measured on."
+    )
 
 
 def meaning(report: Report) -> str:
@@ -400,7 +420,7 @@ def description_block(report: Report, run_url: str | None) -> str:
 
 LOWER_BOUND = (
     "The training data are few for what the model took from them (fewer than 10 samples per "
-    "soft-rank direction), so the interval is too narrow: the true uncertainty is larger."
+    "soft-rank direction), so the sampling error is larger than stated."
 )
 _UNKNOWN_REMEDY = "Follow the warning's message; this version has no further advice on it."
 

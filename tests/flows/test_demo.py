@@ -111,7 +111,7 @@ def test_the_underconfident_network(demo):
 
 def test_the_overconfident_network(demo):
     row = demo.rows["overconfident"]
-    assert row["gap"]["estimator"] == "soft_rank_recalibrated"
+    assert row["gap"]["estimator"] == "soft_rank_blend"
     assert (row["direction"], row["confidence"]) == ("over", "low")
     assert row["true_confidence_gap"] > 0
 

@@ -180,6 +180,24 @@ def test_lower_bound_is_said(calibrated: Any) -> None:
     assert words.LOWER_BOUND in words.explain(report)
 
 
+def test_what_the_interval_holds_is_said(calibrated: Any) -> None:
+    """exp(1.645 x 0.42) = 2.0."""
+    gap = dataclasses.replace(calibrated.gap, model_error=0.42)
+    report = dataclasses.replace(calibrated, gap=gap).to_dict()
+    (line,) = [text for text in words.explain(report) if "factor" in text]
+    assert "90 % interval" in line
+    assert "a factor of 2.0 either way" in line
+    del report["gap"]["model_error"]  # as audits of before the decision 17 are
+    assert words.interval_text(report) == ""
+
+
+@pytest.mark.parametrize("confidence", ["low", "refused"])
+def test_every_reason_of_a_low_confidence_is_given(change: Any, confidence: Any) -> None:
+    doubts = ("the penalty is a guess", "the model is over-confident")
+    report = change(confidence=confidence, confidence_reasons=doubts)
+    assert words.reliance(report) == (words.RELIANCE[confidence], list(doubts))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("the model is linear", "The model is linear."), ("Why?", "Why?"), ("Done.", "Done."),

@@ -25,7 +25,8 @@ def row(i, group=0, **change):
         "record_soft_rank_recalibrated": 0.5 * gap, "record_penalty": 0.3, "decay_penalty": 0.1,
         "by_loo_verdict": "calibrated", "by_loo_direction": "none", "by_loo_severity": "none",
         "by_loo_saturated": False, "by_loo_warnings": "", "by_loo_gap": gap,
-        "record_soft_rank_se": 0.01, "record_scale": 0.9, "record_rank": 10.0, "n_train": 100 + i,
+        "record_soft_rank_se": gap, "record_soft_rank_recalibrated_se": gap, "record_scale": 0.9,
+        "record_rank": 10.0, "n_train": 100 + i,
         "by_loo_low": 0.0, "by_loo_high": 0.35, "by_loo_confidence": "ok",
         "record_accuracy": 0.8, "record_mean_confidence": 0.9, "test_accuracy": 0.77,
         "test_mean_confidence": 0.86, "sam": -gap,
@@ -45,6 +46,24 @@ def test_rules():
     assert r.oracle(one) == one["record_soft_rank"]
     assert r.oracle(one | {"record_soft_rank": None}) in (0.2, 0.05)
     assert r.oracle(one | {"gap": -0.1}) is None
+
+
+def test_the_decision_list_on_a_row():
+    one = row(0)
+    assert r.decided(one) == r.Decided("soft_rank", one["record_soft_rank"], one["gap"])
+    assert r.decision_list(one) == one["record_soft_rank"]
+    over = one | {"by_loo_verdict": "miscalibrated", "by_loo_direction": "over"}
+    found = r.decided(over)
+    assert found.estimator == "soft_rank_blend"
+    assert found.gap == pytest.approx(math.sqrt(0.1 * 0.05))
+    assert r.decided(over | {"record_scale": 1.2}).estimator == "soft_rank"
+    assert r.decided(over | {"architecture": "glm"}).estimator == "loo"
+    assert r.decided(over | {"architecture": "glm", "record_loo": None}).estimator == "soft_rank"
+    held = {f"by_heldout_{key}": over[f"by_loo_{key}"] for key in ("verdict", "saturated")}
+    held |= {"by_heldout_direction": "under", "by_heldout_severity": "none"}
+    assert r.decision_list_heldout(over) is None
+    told = r.decision_list_heldout(over | held | {"record_tic_se": 0.1})
+    assert told == one["record_tic"]
 
 
 def test_regimes():
@@ -91,7 +110,7 @@ def test_the_list_as_it_is_now_judges_a_row():
     assert found["rule_list_estimator"] == "soft_rank"  # calibrated
     assert found["by_loo_confidence"] == "ok"
     z, tau = NormalDist().inv_cdf(0.95), MODEL_ERROR["soft_rank"]
-    margin, factor = z * 0.01, 0.1 * math.expm1(z * tau)  # of the gap .1 with its se
+    margin, factor = z * 0.1, 0.1 * math.expm1(z * tau)  # of the gap .1 with its se
     assert found["rule_list_high"] == pytest.approx(0.1 + math.hypot(margin, factor))
     vanished = sc.with_rules([row(0, by_loo_saturated=True, by_loo_confidence="ok")])[0]
     assert vanished["by_loo_confidence"] == "low"
