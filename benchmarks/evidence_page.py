@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow.parquet as pq
 
+from benchmarks.performance_page import machine_line
 from benchmarks.zoo.rule_fit import observed
 from benchmarks.zoo.rules import decided
 from benchmarks.zoo.scores import FEWEST_GROUPS, OURS, RIVALS, read, with_rules
@@ -478,18 +479,13 @@ def signs_table(evidence: Evidence) -> str:
 
 
 def environment_line(evidence: Evidence) -> str:
-    about = evidence.environment
-    libraries = ", ".join(
-        f"{key} {about[key]}"
-        for key in ("python", "torch", "numpy", "scipy", "scikit-learn", "mlflow")
-    )
     groups = len({row["group"] for row in evidence.rows})
     tests = sorted({row["n_test"] for row in evidence.rows})
     return (
         f"{len(evidence.rows)} models in {groups} groups that share training samples, on"
         f" {len({row['data'] for row in evidence.rows})} data sets; test pools of {tests[0]:,} to"
-        f" {tests[-1]:,} samples. {about['system']}, {about['machine']}, {libraries}; one thread;"
-        f" {about['models']}."
+        f" {tests[-1]:,} samples. Models in {evidence.environment['models']}."
+        f" {machine_line(evidence.environment)}"
     )
 
 
