@@ -73,7 +73,7 @@ bench: install  ## the benchmarks; their results are JSON files in benchmarks/
 # ZOO: options of the passes, as in make zoo ZOO='--quick --data FOLDER'.
 zoo: install  ## train, measure and score the zoo of models: benchmarks/zoo
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -e '.[zoo]'
-	set -e; export OMP_NUM_THREADS=1; for pass in train measure baselines; do \
+	set -e; export OMP_NUM_THREADS=1; for pass in train measure baselines rivals; do \
 	  $(BIN)/python -m benchmarks.zoo.$$pass $(ZOO); done
 
 # Resolves pyproject.toml anew in a venv of its own. torch is pinned by version alone, without the

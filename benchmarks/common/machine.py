@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = (
     "torch", "numpy", "scipy", "curvlinops-for-pytorch", "backpack-for-pytorch", "nngeometry",
@@ -13,9 +15,10 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def machine(threads: int) -> dict[str, object]:
+def machine(threads: int, libraries: Iterable[str] = LIBRARIES) -> dict[str, Any]:
+    """Processor, cores, memory, system and the versions of the libraries that are installed."""
     found = {}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The rivals on the same models: what else could be asked of a trained model.
+"""Baselines on the same models: what else could be asked of a trained model.
 
     python -m benchmarks.zoo.baselines [--quick] [--store FOLDER] [--data FOLDER]
 
@@ -34,10 +34,10 @@ from benchmarks.zoo.measure import FAMILY, nll_of, pair, registered_cell, write_
 from flataudit import FlatauditError
 from flataudit.curvature.problem import Problem, make_problem
 from flataudit.families import Family, make_family
-from flataudit.fitting import penalised_fit
+from flataudit.fitting import PenalisedFit, penalised_fit
 from flataudit.models.sklearn import as_network
 from flataudit.solvers import FunctionalVariance
-from flataudit.training import parse_training
+from flataudit.training import TrainingRecord, parse_training
 
 Json = dict[str, Any]
 
@@ -64,27 +64,10 @@ def baseline_cell(name: str, options: Json) -> Json:
 
 def baselines(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json:
     """All baselines of one model."""
-    family = FAMILY[drawn.pools.task]
-    subject = as_network(model, pair(cell, drawn.train), None, family)
-    network = copy.deepcopy(subject.model).double().eval()
-    for p in network.parameters():
-        p.requires_grad_(True)
-    x, y = (torch.as_tensor(np.asarray(part)) for part in subject.train)
-    x = x.double()
-    k = network(x[:2]).shape[1]
-    likelihood = make_family(subject.family, y, k)
-    y = likelihood.check(y, k)
-    problem = make_problem(network, x, y, likelihood)
-    fitted = penalised_fit(
-        problem,
-        penalty="auto",
-        record=None if record is None else parse_training(record),
-        dispersion="auto",
-        solver="auto",
-        own=subject.penalty,
-    )
-    likelihood = fitted.problem.family  # with its dispersion
-    loss = Loss(network, x, y, likelihood)
+    fitted, network = penalised(cell, model, record, drawn)
+    problem, likelihood = fitted.problem, fitted.problem.family  # with its dispersion
+    x = problem.x.parts[0]
+    loss = Loss(network, x, problem.y, likelihood)
     theta = loss.at()
     trace, trace_se = hutchinson(loss, theta)
     row: Json = {
@@ -98,8 +81,32 @@ def baselines(cell: Cell, model: Any, record: Json | None, drawn: Drawn) -> Json
         "aic": problem.n_params / problem.n_samples,
     }
     if isinstance(fitted.variance, FunctionalVariance):
-        row["waic"], row["waic_se"] = waic(fitted.problem, fitted.variance)
+        row["waic"], row["waic_se"] = waic(problem, fitted.variance)
     return row | cross_validation(cell, drawn, model, likelihood)
+
+
+def penalised(
+    cell: Cell, model: Any, record: Json | TrainingRecord | None, drawn: Drawn
+) -> tuple[PenalisedFit, nn.Module]:
+    """The penalised fit that the audit makes, and the network (an estimator's twin) in float64."""
+    subject = as_network(model, pair(cell, drawn.train), None, FAMILY[drawn.pools.task])
+    network = copy.deepcopy(subject.model).double().eval()
+    for p in network.parameters():
+        p.requires_grad_(True)
+    x, y = (torch.as_tensor(np.asarray(part)) for part in subject.train)
+    x = x.double()
+    k = network(x[:2]).shape[1]
+    likelihood = make_family(subject.family, y, k)
+    problem = make_problem(network, x, likelihood.check(y, k), likelihood)
+    fitted = penalised_fit(
+        problem,
+        penalty="auto",
+        record=parse_training(record) if isinstance(record, dict) else record,
+        dispersion="auto",
+        solver="auto",
+        own=subject.penalty,
+    )
+    return fitted, network
 
 
 class Loss:

@@ -21,7 +21,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--quick", action="store_true", help="the subset that takes minutes")
+    found.add_argument("--quick", action="store_true", help="a subset of a minute or two")
     found.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as 'zoo-cnn-*'")
     found.add_argument("--store", type=Path, default=STORE, help="registry and rows (%(default)s)")
     found.add_argument("--data", type=Path, help="folder with the data sets; see data.py")

@@ -22,7 +22,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.machine import machine
 from benchmarks.zoo.data import Pool, Unavailable
 from benchmarks.zoo.draw import Drawn, draw
 from benchmarks.zoo.fit import flat
@@ -309,24 +309,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def environment() -> Json:
-    """What the numbers depend on beside the code."""
-    import mlflow
-    import scipy
-    import sklearn
+LIBRARIES = (
+    "torch", "numpy", "scipy", "scikit-learn", "mlflow", "prefect", "statsmodels",
+    "curvlinops-for-pytorch", "randalo", "weightwatcher",
+)  # fmt: skip
 
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "scikit-learn": sklearn.__version__,
-        "mlflow": mlflow.__version__,
-        "threads": 1,
-        "models": "float32, audited in float64",
-    }
+
+def environment() -> Json:
+    """What the numbers depend on beside the code: machine, versions, dtypes."""
+    return machine(1, LIBRARIES) | {"models": "float32, audited in float64"}
 
 
 def collect(rows: list[Json], path: Path) -> None:
@@ -345,11 +336,14 @@ def write_results(given: argparse.Namespace) -> None:
     from benchmarks.zoo.command import chosen
 
     cells = chosen(given)
-    rivals = {row["name"]: row for row in read_rows(given.store, "baselines", cells)}
-    rows = [row | rivals.get(row["name"], {}) for row in read_rows(given.store, KIND, cells)]
+    rows = {row["name"]: row for row in read_rows(given.store, KIND, cells)}
+    for kind in ("baselines", "rivals"):
+        for more in read_rows(given.store, kind, cells):
+            if more["name"] in rows:
+                rows[more["name"]] |= more
     path = RESULTS if not (given.quick or given.only) else given.store / "results.parquet"
     if rows:
-        collect(rows, path)
+        collect(list(rows.values()), path)
         print(f"{len(rows)} rows in {path}")
 
 

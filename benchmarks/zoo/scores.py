@@ -4,7 +4,9 @@
 
 Values come with a 90 % interval from resampling groups of models that share training samples.
 Measures that are no gap (norms, sharpness) are scored by their order alone. A model for which an
-estimate does not exist is left out of that estimate's scores; n says how many were in.
+estimate does not exist is left out of that estimate's scores; n says how many were in. Two more
+tables: `floor`, what sampling noise alone allows, and `beside`, the audit's choice (OURS) with each
+rival that sees the training samples alone, on the models that have both.
 """
 
 from __future__ import annotations
@@ -22,21 +24,27 @@ import numpy as np
 
 from benchmarks.zoo import statistics as s
 from benchmarks.zoo.grid import HYPERPARAMETERS, differ_in_one
-from benchmarks.zoo.rules import ESTIMATES, RULES, number, regimes
+from benchmarks.zoo.rules import ESTIMATES, RULES, decided, number, regimes
+from flataudit.results import Z_LEVEL
+from flataudit.selection import MODEL_ERROR, choose_confidence, widened
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
 SOURCES = ("record", "decay", "evidence")
 GAPS = (
     *(f"{source}_{name}" for source in SOURCES for name in ESTIMATES),
-    *RULES, "held_gap", "cv_gap", "aic", "waic",
+    *RULES, "held_gap", "cv_gap", "aic", "waic", "mpe", "mpe_kfac", "randalo",
 )  # fmt: skip
 ORDERS = (
     "hessian_trace", "hessian_top", "trace_ratio", "sam", "path_norm", "parameter_norm",
-    "n_params",
+    "n_params", "alpha",
 )  # fmt: skip
+OURS = "rule_list"
+RIVALS = ("cv_gap", "aic", "waic", "mpe_kfac", "mpe", "randalo", *ORDERS)
+FLOOR_DRAWS = 200
 LEVEL = 0.9
 FEWEST = 5  # models that a score needs
+FEWEST_GROUPS = 5  # independent groups that an interval needs
 FEWEST_PER_TASK = 8  # models that PGDL's score needs of a task
 
 
@@ -52,24 +60,18 @@ def score(rows: Sequence[Mapping[str, Any]], name: str, *, draws: int = 200) -> 
     groups = [str(row["group"]) for row in rows]
 
     def bounded(measure: s.Score) -> Json:
-        low, high = s.bootstrap(measure, groups, draws=draws, level=LEVEL)
-        ones = np.ones(len(rows))
-        return {"value": _null(measure(ones)), "low": _null(low), "high": _null(high)}
+        return _bounded(measure, groups, draws)
 
     pairs = one_apart(rows)
     # Training samples are shared within a group; what differs in truth is known to gap_se.
-    signs = s.sign_accuracy(estimate, gap, se, pairs)
+    signs = s.sign_score(estimate, gap, se, pairs)
     found: Json = {
         "n": len(rows),
-        "kendall": bounded(lambda w: s.kendall(estimate, gap, w)),
-        "spearman": bounded(lambda w: s.spearman(estimate, gap, w)),
-        "sign": bounded(
-            lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("all", math.nan)
-        ),
-        "sign_worst": bounded(
-            lambda w: s.sign_accuracy(estimate, gap, se, pairs, w).get("worst", math.nan)
-        ),
-        "sign_by_hyperparameter": signs,
+        "kendall": bounded(s.kendall_score(estimate, gap)),
+        "spearman": bounded(s.spearman_score(estimate, gap)),
+        "sign": bounded(lambda w: signs(w).get("all", math.nan)),
+        "sign_worst": bounded(lambda w: signs(w).get("worst", math.nan)),
+        "sign_by_hyperparameter": signs(np.ones(len(rows))),
         "n_pairs": len(pairs),
         "information": information(rows, estimate, gap, draws),
     }
@@ -132,7 +134,7 @@ def interval(
     rows: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[float], list[float]] | None:
     """The estimate's 90 % intervals: the audit's own, or +- 1.645 standard errors."""
-    own = {"rule_audit_loo": "by_loo", "rule_audit_heldout": "by_heldout"}.get(name)
+    own = {"rule_audit_loo": "by_loo", "rule_audit_heldout": "by_heldout", OURS: OURS}.get(name)
     if own is not None:
         keys = (f"{own}_low", f"{own}_high")
         ends = [[number(row, key) for row in rows] for key in keys]
@@ -149,42 +151,152 @@ def interval(
     return low, high  # type: ignore[return-value]  # no None is left
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]]) -> Json:
-    """Median absolute errors of the predicted accuracy and confidence gap, in points of 100."""
+SAID = {  # who foresees accuracy and mean confidence: the columns
+    **{source: (f"{source}_accuracy", f"{source}_mean_confidence") for source in SOURCES},
+    "heldout": ("by_heldout_calibration_accuracy", "by_heldout_calibration_mean_confidence"),
+}
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:
+    """Median absolute errors of the predicted accuracy and confidence gap, in points of 100.
+
+    By leave-one-out at each penalty, and, for comparison, as 200 held-out labels tell it.
+    """
     found: Json = {}
-    for source in SOURCES:
-        accuracy, confidence = [], []
-        for row in rows:
-            told, sure = number(row, f"{source}_accuracy"), number(row, f"{source}_mean_confidence")
-            true, held = number(row, "test_accuracy"), number(row, "test_mean_confidence")
-            if None in (told, sure, true, held):
-                continue
-            accuracy.append(100 * abs(told - true))  # type: ignore[operator]
-            confidence.append(100 * abs((sure - told) - (held - true)))  # type: ignore[operator]
-        found[source] = {
-            "n": len(accuracy),
-            "accuracy": _null(s.quantile(accuracy, 0.5)),
-            "confidence_gap": _null(s.quantile(confidence, 0.5)),
+    for source, columns in SAID.items():
+        kept = [
+            row
+            for row in rows
+            if None not in [number(row, key) for key in (*columns, *TRUE)]
+        ]  # fmt: skip
+        told, sure, true, held = (
+            np.array([number(row, key) for row in kept], dtype=float) for key in (*columns, *TRUE)
+        )
+        groups = [str(row["group"]) for row in kept]
+        found[source] = {"n": len(kept)}
+        for name, errors in (
+            ("accuracy", 100 * np.abs(told - true)),
+            ("confidence_gap", 100 * np.abs((sure - told) - (held - true))),
+        ):
+            found[source][name] = _bounded(
+                lambda w, e=errors: s.quantile(e, 0.5, w), groups, draws
+            )  # fmt: skip
+    return found
+
+
+TRUE = ("test_accuracy", "test_mean_confidence")
+
+
+def floor(rows: Sequence[Mapping[str, Any]]) -> Json:
+    """Scores of the true gap plus the sampling noise s = sd(l_loo)/sqrt(n): the mean over draws.
+
+    What an estimate could reach that is wrong by nothing but the luck of its n samples.
+    """
+    rows = [row for row in rows if number(row, "gap") and number(row, "floor")]
+    if len(rows) < FEWEST:
+        return {"n": len(rows)}
+    gap, noise = (np.array([number(row, key) for row in rows]) for key in ("gap", "floor"))
+    rng = np.random.default_rng(0)
+    ones = np.ones(len(rows))
+    found = []
+    for _ in range(FLOOR_DRAWS):
+        drawn = gap + noise * rng.normal(size=len(rows))
+        errors = s.log_errors(drawn, gap)
+        found.append(
+            (s.kendall(drawn, gap, ones), s.quantile(errors, 0.5), s.quantile(errors, 0.9))
+        )
+    names = ("kendall", "error_median", "error_p90")
+    means = np.mean(found, axis=0)
+    return {"n": len(rows)} | {
+        name: _null(value) for name, value in zip(names, means, strict=True)
+    }  # fmt: skip
+
+
+def beside(rows: Sequence[Mapping[str, Any]], rival: str, *, draws: int = 200) -> Json | None:
+    """OURS and a rival on the models that have both: Kendall's tau, and excess errors of gaps.
+
+    {n, kendall: {ours, theirs, low, high}, ...}; low and high: of the difference, theirs - ours.
+    """
+    rows = [
+        row for row in rows if None not in [number(row, key) for key in (OURS, rival, "gap")]
+    ]  # fmt: skip
+    if len(rows) < FEWEST:
+        return None
+    ours, theirs, gap = (
+        np.array([number(row, key) for row in rows], dtype=float) for key in (OURS, rival, "gap")
+    )
+    noise = np.array([number(row, "floor") or 0.0 for row in rows])
+    groups = [str(row["group"]) for row in rows]
+    scores: dict[str, tuple[s.Score, s.Score]] = {
+        "kendall": (s.kendall_score(ours, gap), s.kendall_score(theirs, gap))
+    }
+    if rival in GAPS:
+        excess = [s.excess(values, gap, noise) for values in (ours, theirs)]
+        for label, q in (("median", 0.5), ("p90", 0.9)):
+            first, second = (
+                lambda w, e=errors, q=q: s.quantile(e, q, w) for errors in excess
+            )  # fmt: skip
+            scores[f"excess_{label}"] = (first, second)
+    found: Json = {"n": len(rows)}
+    ones = np.ones(len(rows))
+    for name, (mine, other) in scores.items():
+        low, high = _interval(lambda w, a=mine, b=other: _difference(b(w), a(w)), groups, draws)
+        found[name] = {
+            "ours": _null(mine(ones)),
+            "theirs": _null(other(ones)),
+            "low": _null(low),
+            "high": _null(high),
         }
     return found
 
 
+def _difference(a: float, b: float) -> float:
+    """a - b, 0 where both are infinite."""
+    return 0.0 if a == b else a - b
+
+
 def with_rules(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """The rows with a column for each rule."""
-    return [dict(row) | {name: rule(row) for name, rule in RULES.items()} for row in rows]
+    """The rows with a column for each rule, and what the package's list says of each as it is now.
+
+    A row's own by_loo_confidence is that of the audit as it was made; it makes way for the list's.
+    """
+    return [
+        dict(row) | {name: rule(row) for name, rule in RULES.items()} | listed(row) for row in rows
+    ]
+
+
+def listed(row: Mapping[str, Any]) -> Json:
+    """The decision list's interval, estimator and confidence for a row, by the package's rules."""
+    from benchmarks.zoo.rule_fit import observed  # which reads results by this module
+
+    found = decided(row)
+    if found is None:
+        return {}
+    low, high = widened(found.gap, Z_LEVEL * found.se, MODEL_ERROR[found.estimator], Z_LEVEL)
+    confidence, _ = choose_confidence(observed(row, found, (low, high)))
+    return {
+        f"{OURS}_low": low,
+        f"{OURS}_high": high,
+        f"{OURS}_estimator": found.estimator,
+        "by_loo_confidence": confidence,
+    }
 
 
 def all_scores(rows: Sequence[Mapping[str, Any]], *, draws: int = 200) -> Json:
-    """{regime: {n, accuracies, scores: {column: scores}}}."""
+    """{regime: {n, groups, accuracies, floor, beside: {rival: ...}, scores: {column: ...}}}."""
     rows = with_rules(rows)
     names = list(dict.fromkeys(regime for row in rows for regime in regimes(row)))
     found: Json = {}
     for regime in names:
         of = [row for row in rows if regime in regimes(row)]
         scores = {name: score(of, name, draws=draws) for name in (*GAPS, *ORDERS)}
+        rivals = {name: beside(of, name, draws=draws) for name in RIVALS}
         found[regime] = {
             "n": len(of),
-            "accuracies": accuracies(of),
+            "groups": len({row["group"] for row in of}),
+            "accuracies": accuracies(of, draws=draws),
+            "floor": floor(of),
+            "beside": {name: value for name, value in rivals.items() if value is not None},
             "scores": {name: value for name, value in scores.items() if value is not None},
         }
     return found
@@ -207,6 +319,27 @@ def table(found: Json, regime: str = "all") -> str:
     return "\n".join(lines)
 
 
+def dump(found: Json) -> str:
+    """JSON with four decimals, one line per estimate."""
+    lines = []
+    for regime, parts in _rounded(found).items():
+        inner = []
+        for key, value in parts.items():
+            if key in ("scores", "beside"):
+                rows = ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+                inner.append(f"  {json.dumps(key)}: {{\n{rows}\n  }}")
+            else:
+                inner.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+        lines.append(f" {json.dumps(regime)}: {{\n" + ",\n".join(inner) + "\n }")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def read(path: Path) -> list[Json]:
     """The rows of a parquet, missing values as None."""
     import pyarrow.parquet as pq
@@ -224,9 +357,20 @@ def main() -> None:
     given = arguments.parse_args()
     found = all_scores(read(given.results), draws=given.draws)
     out = given.out or given.results.with_name("scores.json")
-    out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    out.write_text(dump(found), encoding="utf-8")
     for regime in found:
         print(f"\n{regime}: {found[regime]['n']} models\n{table(found, regime)}")
+
+
+def _interval(measure: s.Score, groups: Sequence[str], draws: int) -> tuple[float, float]:
+    if len(set(groups)) < FEWEST_GROUPS:
+        return math.nan, math.nan
+    return s.bootstrap(measure, groups, draws=draws, level=LEVEL)
+
+
+def _bounded(measure: s.Score, groups: Sequence[str], draws: int) -> Json:
+    low, high = _interval(measure, groups, draws)
+    return {"value": _null(measure(np.ones(len(groups)))), "low": _null(low), "high": _null(high)}
 
 
 def _null(value: float) -> float | None:

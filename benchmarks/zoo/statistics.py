@@ -21,24 +21,43 @@ Score = Callable[[Floats], float]  # weights (n,) -> value; NaN where it is unde
 def kendall(estimate: ArrayLike, gap: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Kendall's tau-b over all pairs, ties counted as in scipy.stats.kendalltau."""
     a, b, w = _arrays(estimate, gap, weights)
-    pairs = np.outer(w, w)
+    return kendall_score(a, b)(w)
+
+
+def kendall_score(estimate: ArrayLike, gap: ArrayLike) -> Score:
+    """The same as a function of the weights, the signs of all pairs taken once."""
+    a, b, _ = _arrays(estimate, gap, None)
     s, t = _signs(a), _signs(b)
-    scale = math.sqrt((pairs * s**2).sum() * (pairs * t**2).sum())
-    return float((pairs * s * t).sum() / scale) if scale > 0 else math.nan
+    both, own, true = s * t, s**2, t**2
+
+    def score(w: Floats) -> float:
+        scale = math.sqrt((w @ own @ w) * (w @ true @ w))
+        return float(w @ both @ w / scale) if scale > 0 else math.nan
+
+    return score
 
 
 def spearman(estimate: ArrayLike, gap: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Spearman's rho: the correlation of mid-ranks, each model counted `weights` times."""
     a, b, w = _arrays(estimate, gap, weights)
-    total = w.sum()
-    if total <= 1:
-        return math.nan
-    ranks = []
-    for values in (a, b):
-        below = np.array([(w * ((values < v) + 0.5 * (values == v))).sum() for v in values])
-        ranks.append(below - (w * below).sum() / total)
-    scale = math.sqrt((w * ranks[0] ** 2).sum() * (w * ranks[1] ** 2).sum())
-    return float((w * ranks[0] * ranks[1]).sum() / scale) if scale > 0 else math.nan
+    return spearman_score(a, b)(w)
+
+
+def spearman_score(estimate: ArrayLike, gap: ArrayLike) -> Score:
+    """The same as a function of the weights, what lies below what counted once."""
+    a, b, _ = _arrays(estimate, gap, None)
+    below = [0.5 + 0.5 * _signs(values) for values in (a, b)]
+
+    def score(w: Floats) -> float:
+        total = w.sum()
+        if total <= 1:
+            return math.nan
+        x, y = (matrix @ w for matrix in below)
+        x, y = x - (w * x).sum() / total, y - (w * y).sum() / total
+        scale = math.sqrt((w * x**2).sum() * (w * y**2).sum())
+        return float((w * x * y).sum() / scale) if scale > 0 else math.nan
+
+    return score
 
 
 def log_errors(estimate: ArrayLike, gap: ArrayLike) -> Floats:
@@ -104,25 +123,38 @@ def sign_accuracy(
     "all" is over all pairs.
     """
     a, g, w = _arrays(estimate, gap, weights)
+    return sign_score(a, g, se, pairs)(w)
+
+
+def sign_score(
+    estimate: ArrayLike, gap: ArrayLike, se: ArrayLike, pairs: Sequence[tuple[int, int, str]]
+) -> Callable[[Floats], dict[str, float]]:
+    """The same as a function of the weights, the pairs looked at once."""
+    a, g, _ = _arrays(estimate, gap, None)
     s = np.asarray(se, dtype=float)
     if not pairs:
-        return {}
+        return lambda w: {}
     i, j = (np.array([pair[at] for pair in pairs]) for at in (0, 1))
     names, code = np.unique([pair[2] for pair in pairs], return_inverse=True)
     noise, difference = np.hypot(s[i], s[j]), g[i] - g[j]
     with np.errstate(divide="ignore", invalid="ignore"):
         sure = special.erf(np.abs(difference) / (math.sqrt(2.0) * noise))
-    weight = w[i] * w[j] * np.where(noise > 0, sure, 1.0) * (difference != 0)
+    certain = np.where(noise > 0, sure, 1.0) * (difference != 0)
     hit = 0.5 * (1.0 + np.sign(a[i] - a[j]) * np.sign(difference))
-    total, right = (
-        np.bincount(code, weights=x, minlength=len(names)) for x in (weight, weight * hit)
-    )
-    if not total.sum() > 0:
-        return {}
-    found = {
-        str(name): float(r / t) for name, r, t in zip(names, right, total, strict=True) if t > 0
-    }
-    return found | {"worst": min(found.values()), "all": float(right.sum() / total.sum())}
+
+    def score(w: Floats) -> dict[str, float]:
+        weight = w[i] * w[j] * certain
+        total, right = (
+            np.bincount(code, weights=x, minlength=len(names)) for x in (weight, weight * hit)
+        )
+        if not total.sum() > 0:
+            return {}
+        found = {
+            str(name): float(r / t) for name, r, t in zip(names, right, total, strict=True) if t > 0
+        }
+        return found | {"worst": min(found.values()), "all": float(right.sum() / total.sum())}
+
+    return score
 
 
 def conditional_information(

@@ -116,3 +116,35 @@ def test_a_linear_models_row_by_hand():
     assert row["n_params"] == 11
     assert row["record_loo"] > 0
     assert row["evidence_error"] is None
+
+
+def test_a_networks_row_by_dense_definitions():
+    cell = Cell("b", "digits", "mlp", 50, 1e-2, width=3, depth=1, activation="tanh", pooling=2,
+                optimizer="sgd", lr=0.05, epochs=20)  # fmt: skip
+    drawn = draw(cell)
+    trained = fit(cell, drawn)
+    row = b.baselines(cell, trained.model, trained.record, drawn)
+    network = trained.model.double()
+    x, y = torch.as_tensor(drawn.train.x).double(), torch.as_tensor(drawn.train.y)
+    values = dict(network.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(network, p, (x,)))(values)
+    j = torch.cat([part.flatten(2) for part in jacobian.values()], dim=2).detach()  # (n, K, P)
+    p = network(x).softmax(dim=1).detach()
+    variance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    trace = torch.einsum("nip,nij,njp->", j, variance, j) / len(x)
+    gradients = torch.einsum("nip,ni->np", j, p - nn.functional.one_hot(y, 10))
+    assert row["trace_ratio"] == pytest.approx(
+        float(gradients.square().sum() / len(x) / trace), rel=1e-6
+    )
+    theta = torch.cat([v.detach().reshape(-1) for v in values.values()])
+    assert row["parameter_norm"] == pytest.approx(float(theta @ theta), rel=1e-6)
+    assert row["aic"] == len(theta) / 50
+    loss = b.Loss(network, x, y, Categorical())
+    hessian = torch.autograd.functional.hessian(loss, loss.at())
+    assert abs(row["hessian_trace"] - float(hessian.trace())) < 5 * row["hessian_trace_se"]
+    assert row["hessian_top"] == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-3)
+    mean = gradients.mean(dim=0)
+    moved = float(loss(loss.at() + RADIUS * mean / mean.norm()) - loss(loss.at()))
+    assert row["sam"] == pytest.approx(moved, rel=1e-6)
+    assert 0 < row["waic"] < 1
+    assert row["cv_gap"] > 0

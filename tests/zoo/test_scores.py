@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from statistics import NormalDist
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks.zoo import rules as r
 from benchmarks.zoo import scores as sc
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import collect, without_time
+from flataudit.selection import MODEL_ERROR
 from flataudit.training import parse_training
 
 
@@ -21,16 +23,17 @@ def row(i, group=0, **change):
         "gap_se": 0.001, "floor": 0.02, "n_params": 50, "n_rows": 900,
         "record_loo": 2 * gap, "record_loo_se": gap, "record_soft_rank": gap, "record_tic": -gap,
         "record_soft_rank_recalibrated": 0.5 * gap, "record_penalty": 0.3, "decay_penalty": 0.1,
-        "by_loo_verdict": "calibrated", "by_loo_direction": "none", "by_loo_gap": gap,
-        "by_loo_severity": "none", "by_loo_saturated": False, "n_train": 100 + i,
-        "record_soft_rank_se": gap, "record_scale": 0.9, "record_soft_rank_recalibrated_se": gap,
+        "by_loo_verdict": "calibrated", "by_loo_direction": "none", "by_loo_severity": "none",
+        "by_loo_saturated": False, "by_loo_warnings": "", "by_loo_gap": gap,
+        "record_soft_rank_se": gap, "record_soft_rank_recalibrated_se": gap, "record_scale": 0.9,
+        "record_rank": 10.0, "n_train": 100 + i,
         "by_loo_low": 0.0, "by_loo_high": 0.35, "by_loo_confidence": "ok",
         "record_accuracy": 0.8, "record_mean_confidence": 0.9, "test_accuracy": 0.77,
         "test_mean_confidence": 0.86, "sam": -gap,
     } | change  # fmt: skip
 
 
-ROWS = [row(i, group) for group in range(3) for i in range(6)]
+ROWS = [row(i, group) for group in range(6) for i in range(6)]
 
 
 def test_rules():
@@ -102,8 +105,21 @@ def test_scores_of_a_perfect_and_of_a_doubled_estimate():
     json.dumps(found, allow_nan=False)
 
 
+def test_the_list_as_it_is_now_judges_a_row():
+    found = sc.listed(row(0))
+    assert found["rule_list_estimator"] == "soft_rank"  # calibrated
+    assert found["by_loo_confidence"] == "ok"
+    z, tau = NormalDist().inv_cdf(0.95), MODEL_ERROR["soft_rank"]
+    margin, factor = z * 0.1, 0.1 * math.expm1(z * tau)  # of the gap .1 with its se
+    assert found["rule_list_high"] == pytest.approx(0.1 + math.hypot(margin, factor))
+    vanished = sc.with_rules([row(0, by_loo_saturated=True, by_loo_confidence="ok")])[0]
+    assert vanished["by_loo_confidence"] == "low"
+    assert "called_low" in r.regimes(vanished)
+    assert sc.listed(row(0, by_loo_verdict=None)) == {}
+
+
 def test_pairs_are_within_a_group():
-    assert len(sc.one_apart(ROWS)) == 3 * 15
+    assert len(sc.one_apart(ROWS)) == 6 * 15
     assert {name for _, _, name in sc.one_apart(ROWS)} == {"n"}
 
 
@@ -123,16 +139,81 @@ def test_models_without_an_estimate_are_left_out_and_counted():
     for one in rows[:10]:
         one["record_loo"] = None
     found = sc.all_scores(rows, draws=5)["all"]
-    assert found["n"] == 18
-    assert found["scores"]["record_loo"]["n"] == 8
+    assert found["n"] == 36
+    assert found["groups"] == 6
+    assert found["scores"]["record_loo"]["n"] == 26
     rows = [dict(one, record_loo=math.nan) for one in ROWS]
     assert "record_loo" not in sc.all_scores(rows, draws=5)["all"]["scores"]
 
 
 def test_accuracy_and_confidence_gap_in_points():
-    found = sc.accuracies(ROWS)["record"]
-    assert found == {"n": 18, "accuracy": pytest.approx(3.0), "confidence_gap": pytest.approx(1.0)}
-    assert sc.accuracies(ROWS)["decay"] == {"n": 0, "accuracy": None, "confidence_gap": None}
+    rows = [
+        dict(one, by_heldout_calibration_accuracy=0.78, by_heldout_calibration_mean_confidence=0.8)
+        for one in ROWS
+    ]
+    found = sc.accuracies(rows, draws=20)
+    assert found["record"]["n"] == 36
+    for who, points, confidence in (("record", 3.0, 1.0), ("heldout", 1.0, 7.0)):
+        for name, value in (("accuracy", points), ("confidence_gap", confidence)):
+            assert found[who][name] == {
+                "value": pytest.approx(value),
+                "low": pytest.approx(value),
+                "high": pytest.approx(value),
+            }
+    assert found["decay"] == {
+        "n": 0,
+        "accuracy": {"value": None, "low": None, "high": None},
+        "confidence_gap": {"value": None, "low": None, "high": None},
+    }
+
+
+def test_the_floor_is_the_noise_of_a_normal():
+    # Log errors near noise over gap: .01 times the quantiles of |N(0, 1)|, .674 and 1.645.
+    rows = [dict(one, gap=1.0 + 0.0001 * i, floor=0.01) for i, one in enumerate(ROWS * 20)]
+    found = sc.floor(rows)
+    assert found["n"] == 720
+    assert found["error_median"] == pytest.approx(0.00674, rel=0.05)
+    assert found["error_p90"] == pytest.approx(0.01645, rel=0.05)
+    exact = sc.floor([dict(one, floor=1e-9) for one in ROWS])
+    # Of 630 pairs 90 have one gap: all others are right, and tau-b divides by sqrt(630 * 540).
+    assert exact["kendall"] == pytest.approx(math.sqrt(540 / 630))
+
+
+def test_rivals_are_compared_on_common_models():
+    rows = [dict(one, rule_list=one["gap"], cv_gap=one["gap"] * 2) for one in ROWS]
+    for one in rows[:4]:
+        one["cv_gap"] = None
+    found = sc.beside(rows, "cv_gap", draws=20)
+    assert found["n"] == 32
+    assert found["kendall"]["ours"] == found["kendall"]["theirs"] == pytest.approx(1.0)
+    assert found["excess_median"]["ours"] == 0.0
+    assert found["excess_median"]["low"] > 0  # the rival's error is larger in every draw
+    opposite = sc.beside([dict(one, sam=-one["gap"]) for one in rows], "sam", draws=20)
+    assert opposite["kendall"]["theirs"] == pytest.approx(-1.0)
+    assert set(opposite) == {"n", "kendall"}
+    assert sc.beside(rows[:4], "cv_gap") is None
+
+
+def test_few_groups_have_no_interval():
+    few = [one for one in ROWS if one["seed"] < sc.FEWEST_GROUPS - 1]
+    tau = sc.all_scores(few, draws=5)["all"]["scores"]["record_loo"]["kendall"]
+    assert tau == {"value": pytest.approx(1), "low": None, "high": None}
+
+
+def test_scores_are_written_a_line_each_and_read_back():
+    found = sc.all_scores(ROWS, draws=5)
+    text = sc.dump(found)
+    back = json.loads(text)
+    assert set(back) == set(found)
+    for regime, parts in found.items():
+        assert set(back[regime]) == set(parts)
+        for name, scores in parts["scores"].items():
+            assert back[regime]["scores"][name]["n"] == scores["n"]
+            value = scores["kendall"]["value"]
+            assert back[regime]["scores"][name]["kendall"]["value"] == (
+                None if value is None else pytest.approx(value, abs=1e-4)
+            )
+    assert len(text.splitlines()) < 60 * len(found)
 
 
 def test_rows_survive_the_parquet(tmp_path):
