@@ -85,8 +85,8 @@ def cells() -> list[Cell]:
         found += [Cell(2, "gaussian", n, 64, variance=v) for v in (0.25, 0.5, 1.0, 2.0, 4.0)]
     for n in (250, 1000, 4000):
         found += [Cell(2, "softmax", n, 12, penalty=d) for d in PENALTIES]
-        for noise in (0.0, 0.4):
-            draws = {250: 8, 1000: 6, 4000: 3}[n]
+        for noise in (0.0, 0.4) if n < 4000 else (0.0,):
+            draws = {250: 8, 1000: 4, 4000: 3}[n]
             found += [Cell(2, "wide", n, draws, penalty=d, noise=noise) for d in PENALTIES[1:]]
     return found
 

@@ -333,6 +333,9 @@ def draw_slopes(measured: list[Result], path: Path) -> None:
                 (r for r in mine if (r.family, r.noise, r.n) == (family, noise, n)),
                 key=lambda r: r.slope,
             )
+            axis.set_visible(bool(here))
+            if not here:
+                continue
             axis.axhspan(1 - HOLDS, 1 + HOLDS, color="#eeeeee", zorder=0)
             axis.axhline(1.0, color="#888888", linewidth=0.8)
             axis.axvline(1.0, color="#888888", linewidth=0.8)
@@ -351,8 +354,9 @@ def draw_slopes(measured: list[Result], path: Path) -> None:
             axis.minorticks_off()
             axis.set_title(f"{title}, n = {n:,}", fontsize=9)
         line[0].set_ylabel("estimate / true gap")
-    for axis in axes[-1]:
-        axis.set_xlabel("true slope: < 1 over-, > 1 under-confident")
+    for column in axes.T:
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel("true slope: < 1 over-, > 1 under-confident")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, metadata={"Date": None})
