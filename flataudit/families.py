@@ -10,7 +10,7 @@ for the Gaussian, written here in the mean with the dispersion held fixed). For 
 
 The square root with K - 1 columns (theory: Householder basis U of the complement of q = sqrt(p),
 S = diag(q) U) keeps every factorisation free of the softmax's null direction.
-Source: arXiv 2506.17809 for the estimates; the square root is derived in docs/method.md.
+Source: arXiv 2506.17809 for the estimates; the square root's use is in docs/solvers.md.
 """
 
 from __future__ import annotations
