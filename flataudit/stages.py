@@ -98,9 +98,10 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
 
 
 def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    """Audits the loaded model in a child process: {report, display, seconds, resources}.
+    """Audits the loaded model in a child process: {report, display, seconds, fresh_labels, resources}.
 
-    resources: `flataudit/estimate_seconds`, the start of the child included, and
+    fresh_labels: the e-process over all held-out labels of this model with these among them
+    (`flataudit.fresh_labels`), None without any; resources: `flataudit/estimate_seconds`, the start of the child included, and
     `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics.
 
     Raises:
@@ -173,6 +174,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
             run_tags=loaded.get("run_tags"),
             audit_id=loaded.get("audit_id"),
             history=result.get("history"),
+            fresh_labels=result.get("fresh_labels"),
         )
         told["run_id"] = run_id
     return run_id
@@ -205,7 +207,7 @@ def run_audit(
     stages: Stages | None = None,
     write: bool = True,
 ) -> Json:
-    """One audit from URI to MLflow: {report, display, seconds, resources, run_id}.
+    """One audit from URI to MLflow: {report, display, seconds, fresh_labels, resources, run_id}.
 
     run_id is None where write=False.
 
@@ -227,9 +229,25 @@ def run_audit(
             log_failure(loaded, str(failure), values)
         raise failure from error
     history = _history(loaded, options)
-    result = _compared(result, history)
+    result = _compared(_with_all_labels(result, loaded, options), history)
     run_id = stages.log(loaded, {**result, "history": history}, values) if write else None
     return {**result, "run_id": run_id}
+
+
+def _with_all_labels(result: Json, loaded: Json, options: AuditOptions) -> Json:
+    """The result with the e-process over the labels of all audits of this model, and its alarm."""
+    record = result.get("fresh_labels")
+    report = result["report"]
+    if record is None:  # none yet, or the earlier ones cannot be read
+        return {**result, "report": {**report, "fresh_labels": None}}
+    from flataudit import fresh_labels
+
+    source = open_source(loaded, options)
+    record = fresh_labels.looked_again(record, source.identity, report["family"])
+    shown = fresh_labels.shown(record)
+    found = fresh_labels.warnings_of(shown)
+    report = {**report, "fresh_labels": shown, "warnings": [*found, *report["warnings"]]}
+    return {**result, "report": report, "fresh_labels": record}
 
 
 def _history(loaded: Json, options: AuditOptions) -> list[Json]:
@@ -311,6 +329,7 @@ def read_record(
 
 def estimate_here(asked: Json, progress: Progress) -> Json:
     """`estimate` in this process: the model's code runs here, and whatever it does stays done."""
+    from flataudit import fresh_labels
     from flataudit.audit import audit
     from flataudit.columns import read_slices
     from flataudit.memory import limited_to
@@ -356,7 +375,13 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
     report = found.to_dict()
     report["model"] |= source.report_fields()
     report["warnings"] = data_warnings(report, train, source) + report["warnings"]
+    labels = fresh_labels.look(source.identity, found.family, found.unseen)
     if report["penalty"]["source"] == "evidence":
         report["penalty"]["assumptions"].append(f"no training record: {origin}")
     seconds = time.perf_counter() - started
-    return {"report": report, "display": dict(found.display), "seconds": seconds}
+    return {
+        "report": report,
+        "display": dict(found.display),
+        "seconds": seconds,
+        "fresh_labels": labels,
+    }
