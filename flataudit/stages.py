@@ -102,7 +102,8 @@ def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> J
 
     fresh_labels: the e-process over all held-out labels of this model with these among them
     (`flataudit.fresh_labels`), None without any; resources: `flataudit/estimate_seconds`, the start of the child included, and
-    `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics.
+    `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics. loaded["gpu"]:
+    the index of the one to use, where there are several.
 
     Raises:
         DeadlineError: load and estimate together took longer than `deadline`; the child and all
@@ -297,6 +298,21 @@ def _failed(error: Exception) -> AuditFailedError:
 # --- in the child process -------------------------------------------------------------------------
 
 
+def gpus_here(request: Json, progress: Progress) -> Json:
+    """{gpus: how many torch sees}."""
+    import torch
+
+    return {"gpus": torch.cuda.device_count()}
+
+
+def _use_gpu(index: int) -> None:
+    """Lets "cuda" mean that GPU in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index)
+
+
 def open_source(loaded: Json, options: AuditOptions) -> ModelSource:
     """The model that `load` found, with MLflow pointed at its store."""
     from flataudit.models.registry import ModelSource
@@ -339,6 +355,8 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
 
     started = time.perf_counter()
     loaded, chosen = asked["loaded"], AuditOptions(**asked["options"])
+    if loaded.get("gpu") is not None:
+        _use_gpu(loaded["gpu"])
     source = open_source(loaded, chosen)
     model = load_model(source)
     train = read_data(loaded["train"], chosen, source)
