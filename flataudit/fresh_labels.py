@@ -6,7 +6,7 @@ is new where its sample's inputs have not been counted before (`flataudit.tensor
 the same held-out set counts once, and of a file that grows the new rows alone. The labels have no
 say in it, which keeps the e-process valid. Another model, as is another version, starts anew.
 
-The state lies on the runs of audits and observations, as the artifact `flataudit/fresh_labels.json`.
+The state lies on the runs of audits and observations, as artifact `flataudit/fresh_labels.json`.
 The finished run on which most labels are counted is the last one; a run that broke off does not
 count.
 """
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Counted:
     """What is counted so far: the state, the keys of its samples, and the run that holds it."""
 
-    state: EProcess = EProcess()
+    state: EProcess = field(default_factory=EProcess)
     keys: Keys = field(default_factory=lambda: np.empty(0, np.uint64))
     run_id: str | None = None
 

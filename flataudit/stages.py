@@ -98,12 +98,13 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
 
 
 def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    """Audits the loaded model in a child process: {report, display, seconds, fresh_labels, resources}.
+    """Audits the loaded model in a child process.
 
-    fresh_labels: the e-process over all held-out labels of this model with these among them
-    (`flataudit.fresh_labels`), None without any; resources: `flataudit/estimate_seconds`, the start of the child included, and
-    `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics. loaded["gpu"]:
-    the index of the one to use, where there are several.
+    Returns {report, display, seconds, fresh_labels, resources}. fresh_labels: the e-process over
+    all held-out labels of this model, these among them (`flataudit.fresh_labels`), None without
+    any. resources: `flataudit/estimate_seconds`, the start of the child included, and
+    `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics.
+    loaded["gpu"]: the index of the GPU to use, where there are several.
 
     Raises:
         DeadlineError: load and estimate together took longer than `deadline`; the child and all

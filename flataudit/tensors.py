@@ -79,9 +79,8 @@ def sample_keys(x: Inputs | Tensor) -> NDArray[np.uint64]:
         array = t.detach().cpu().numpy()
         kind = np.float32 if array.dtype.kind == "f" else np.int64
         with np.errstate(over="ignore"):
-            values = array.astype(kind).reshape(len(array), -1)
-        values += kind(0)  # -0.0 is 0.0
-        parts.append((label.encode(), values))
+            values: NDArray[Any] = array.astype(kind).reshape(len(array), -1)
+        parts.append((label.encode(), values + 0))  # -0.0 is 0.0
     keys = np.empty(len(parts[0][1]), np.uint64)
     for at in range(len(keys)):
         found = hashlib.blake2b(digest_size=8)

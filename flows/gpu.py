@@ -21,9 +21,10 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -36,10 +37,11 @@ from flataudit.config import AuditOptions
 from flataudit.errors import InputError, StoreError
 from flataudit.store import one_line
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows: the limit alone has to do
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 SLOTS = "FLATAUDIT_GPU_SLOTS"
 LOOK_AGAIN = 0.2  # seconds between two looks for a free GPU
@@ -119,10 +121,8 @@ def ensure_limit(name: str, slots: int) -> None:
                 found = client.read_global_concurrency_limit_by_name(name)
             except ObjectNotFound:
                 made = GlobalConcurrencyLimitCreate(name=name, limit=slots)
-                try:
+                with suppress(ObjectAlreadyExists):  # someone else was faster
                     client.create_global_concurrency_limit(made)
-                except ObjectAlreadyExists:  # someone else was faster
-                    pass
                 found = client.read_global_concurrency_limit_by_name(name)
     except Exception as error:
         raise StoreError(

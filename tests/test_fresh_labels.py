@@ -30,7 +30,9 @@ RECORD = "optimizer=sgd,lr=0.5,steps=200,weight_decay=0.01,batch_size=80"
 names = itertools.count()
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
+)
 def store(request):
     with store_of(request) as uri, pointed_at(uri):
         yield uri
@@ -111,7 +113,9 @@ def test_fresh_labels_count_once_and_many_audits_are_one(client, model, audit, s
     assert counted(one) == (120, 1, 120, 0)
     again = audit(model, saved(first))
     assert counted(again) == (120, 1, 0, 120)
-    assert again["report"]["fresh_labels"]["log_ratios"] == one["report"]["fresh_labels"]["log_ratios"]
+    assert (
+        again["report"]["fresh_labels"]["log_ratios"] == one["report"]["fresh_labels"]["log_ratios"]
+    )
     grown = audit(model, saved(longer))
     assert counted(grown) == (250, 2, 130, 120)
     assert counted(audit(model)) == (250, 2, 0, 0)
@@ -244,7 +248,9 @@ def test_the_keys_of_samples():
     one, same, other = sample_keys(x)
     assert one == same != other
     assert (sample_keys(x.float()) == sample_keys(x)).all()
-    assert (sample_keys(torch.tensor([[1], [2]])) != sample_keys(torch.tensor([[1.0], [2.0]]))).all()
+    assert (
+        sample_keys(torch.tensor([[1], [2]])) != sample_keys(torch.tensor([[1.0], [2.0]]))
+    ).all()
     from flataudit.inputs import Inputs
 
     pair = {"a": torch.ones(2, 1), "b": torch.zeros(2, 1)}

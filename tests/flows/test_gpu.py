@@ -151,7 +151,7 @@ def test_a_limit_that_is_switched_off_is_none(gpu, limits):
         with gpu.gpu_slot("auto"):
             pytest.fail("it ran")
     update(limits, name, active=True, limit=0)
-    with pytest.raises(StoreError, match="got: .*422"):  # noqa: SIM117
+    with pytest.raises(StoreError, match=r"got: .*422"):  # noqa: SIM117
         with gpu.gpu_slot("auto"):
             pytest.fail("it ran")
 
