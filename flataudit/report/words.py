@@ -307,11 +307,11 @@ def e_text(log_e: float) -> str:
 def fresh_labels_message(found: Mapping[str, Any]) -> str:
     """The alarm of the e-process over all labels so far, as a warning's message."""
     now, highest = e_text(found["log_e"]), e_text(found["log_e_max"])
-    e = f"E = {now}" if now == highest else f"E was {highest} at its highest and is {now} now"
+    e = f"E is {now}" if now == highest else f"E was {highest} at its highest and is {now} now"
     kind = "over" if found["slope"] < 1.0 else "under"
     return (
         f"{_rounds(found)} contradict the stated probabilities: {e}, and a calibrated model ever"
-        f" reaches {found['threshold']:g} with a chance of at most {1 / found['threshold']:.0%},"
+        f" reaches {found['threshold']:g} with a chance of at most {100 / found['threshold']:g} %,"
         f" however often it is audited; the slope {found['slope']:g} fits best, so the model is"
         f" {kind}-confident"
     )
@@ -325,16 +325,16 @@ def fresh_labels_text(report: Mapping[str, Any]) -> str:
     if found["alarm"]:
         return sentence(fresh_labels_message(found))
     return (
-        f"{_rounds(found)}, do not contradict the stated probabilities: E ="
+        f"{_rounds(found)} do not contradict the stated probabilities: E is"
         f" {e_text(found['log_e'])}, and the alarm is at {found['threshold']:g}, which a calibrated"
-        f" model ever reaches with a chance of at most {1 / found['threshold']:.0%}, however often"
-        " it is audited."
+        f" model ever reaches with a chance of at most {100 / found['threshold']:g} %, however"
+        " often it is audited."
     )
 
 
 def _rounds(found: Mapping[str, Any]) -> str:
     rounds = "one round" if found["looks"] == 1 else f"{found['looks']:,} rounds"
-    return f"{found['n']:,} labels that the training did not see, in {rounds}"
+    return f"{found['n']:,} labels that the training did not see ({rounds})"
 
 
 def headline(report: Report) -> str:
