@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flataudit import estimates as estimators
 from flataudit.calibration import is_saturated
+from flataudit.calibration.eprocess import EProcess
 from flataudit.checkpoint import as_checkpoint
 from flataudit.curvature.problem import Problem, predict
 from flataudit.display import build_display
@@ -35,6 +36,7 @@ from flataudit.inputs import Inputs
 from flataudit.judgement import (
     Unseen,
     judge_calibration,
+    likelihood_ratios,
     predicted_accuracy,
     premise_test,
     recalibration_scale,
@@ -58,6 +60,7 @@ from flataudit.results import (
     Interval,
     ModelInfo,
     Samples,
+    UnseenLabels,
 )
 from flataudit.selection import (
     MODEL_ERROR,
@@ -73,7 +76,7 @@ from flataudit.sensitivity import penalty_sensitivity, wants_sensitivity
 from flataudit.shift import input_shift
 from flataudit.slices import class_table, group_by, per_sample, slice_tables
 from flataudit.solvers import Checkpoint, Work, check_name
-from flataudit.tensors import as_pair, digest
+from flataudit.tensors import as_pair, digest, sample_keys
 from flataudit.training import parse_training
 
 
@@ -214,6 +217,7 @@ def audit(
     saturated = is_saturated(calibration.saturation)
     linear = problem.is_linear()
     premise = premise_test(fit, left_out)
+    labels = None if unseen is None else _unseen_labels(fit, unseen)
 
     # (5) The soft rank of the recalibrated model: a second factorisation, where it is needed; how
     # much the estimates depend on D: one more for each of D/3 and 3D, where that is cheap.
@@ -318,6 +322,8 @@ def audit(
         confidence_reasons=doubts,
         classes=class_table(each, names),
         slices=slice_tables(grouped, each),
+        fresh_labels=None if labels is None else EProcess().extended(labels.log_ratios).to_dict(),
+        unseen=labels,
     )
 
 
@@ -337,7 +343,17 @@ def _unseen(
         raise InputError(
             "expected finite model outputs on the heldout data, got NaN or infinity; check x"
         )
-    return Unseen(outputs, y, input_shift(x_train.flattened, given.flattened, seed=seed))
+    shift = input_shift(x_train.flattened, given.flattened, seed=seed)
+    return Unseen(outputs, y, shift, sample_keys(given))
+
+
+def _unseen_labels(fit: PenalisedFit, unseen: Unseen) -> UnseenLabels | None:
+    """What each held-out label says of the stated probabilities, for repeated audits."""
+    spread = None if fit.dispersion is None else fit.dispersion.value
+    ratios = likelihood_ratios(fit.problem.family, unseen.outputs, unseen.y, spread)
+    if ratios is None or unseen.keys is None:
+        return None
+    return UnseenLabels(unseen.keys, ratios)
 
 
 def _recalibrated(

@@ -21,6 +21,7 @@ from flataudit.calibration import (
     assess_poisson,
     saturation_flags,
 )
+from flataudit.calibration.eprocess import count_ratios, label_ratios, residual_ratios
 from flataudit.estimates import LeaveOneOut, mean_and_se
 from flataudit.families import Family, log_probabilities
 from flataudit.fitting import PenalisedFit
@@ -35,12 +36,14 @@ SCALE_LIMIT = 1e3  # logits are recalibrated by a factor within 1/SCALE_LIMIT ..
 class Unseen:
     """Held-out outputs f (m, K) and checked targets, on the audit's device.
 
-    shift: how the inputs compare with those of training.
+    shift: how the inputs compare with those of training; keys: of the inputs, by which they are
+    known again.
     """
 
     outputs: Tensor
     y: Tensor
     shift: Shift | None = None
+    keys: NDArray[np.uint64] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +97,23 @@ def judge_calibration(
     assert log_p is not None
     confidence = float(log_p.exp().amax(dim=1).mean())
     return Judged(calibration, outputs, y, accuracy, hit_rate(log_p, labels), confidence)
+
+
+def likelihood_ratios(
+    family: Family, outputs: Tensor, y: Tensor, dispersion: float | None
+) -> NDArray[np.float64] | None:
+    """log p_a(y_i)/p(y_i) of labels y at `outputs` for the slopes a of the e-process, (m, slopes).
+
+    None where the family's numbers are beyond it (`flataudit.calibration.eprocess`).
+    """
+    log_p = log_probabilities(family, outputs)
+    if log_p is not None:
+        return label_ratios(to_numpy(log_p), to_numpy(class_labels(y)))
+    if family.name == "gaussian":
+        assert dispersion is not None
+        return residual_ratios(to_numpy((y - outputs) / math.sqrt(dispersion)))
+    rate = to_numpy(outputs.exp().clamp(1 / RATE_LIMIT, RATE_LIMIT))
+    return count_ratios(to_numpy(y).reshape(rate.shape), rate)
 
 
 def premise_test(fit: PenalisedFit, left_out: LeaveOneOut | None) -> Premise | None:

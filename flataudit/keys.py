@@ -52,7 +52,14 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "flataudit/stationarity": ("penalty", "stationarity"),
     "flataudit/heldout_gap": ("heldout", "gap"),
     "flataudit/heldout_gap_se": ("heldout", "gap_se"),
+    "flataudit/fresh_labels": ("fresh_labels", "n"),
+    "flataudit/log_e_value": ("fresh_labels", "log_e"),
 }
+
+# The e-process over labels that came later: the artifact of an audit or an observation that holds
+# its state, and the metrics that an audit finds the last one by and that show it.
+FRESH_LABELS = f"{ARTIFACTS}/fresh_labels.json"
+LABELS_COUNTED, LOG_E = "flataudit/fresh_labels", "flataudit/log_e_value"
 
 # metric of an observation, on its run and on the logged model
 OBSERVED_GAP, OBSERVED_GAP_SE = "flataudit/observed_gap", "flataudit/observed_gap_se"

@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from flataudit import keys, records, stages
+from flataudit import fresh_labels, keys, records, stages
 from flataudit.audits import PastAudit, read_report, required_audit
 from flataudit.config import AuditOptions
 from flataudit.errors import InputError, NumericalError
@@ -34,8 +34,9 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
             tracking_uri}: family and dispersion those of the audit.
 
     Returns:
-        {nll, nll_se, accuracy, n, sha256}: nats per example, with its standard error sd/sqrt(n);
-        accuracy null for regression; sha256 of the data as given.
+        {nll, nll_se, accuracy, n, sha256, fresh_labels}: nats per example, with its standard error
+        sd/sqrt(n); accuracy null for regression; sha256 of the data as given; fresh_labels: the
+        e-process over all labels of this model, these among them (`flataudit.fresh_labels`).
 
     Raises:
         InputError: data that do not fit the model.
@@ -47,13 +48,14 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
     from flataudit.data import digest_of, load_data
     from flataudit.estimates import mean_and_se
     from flataudit.families import log_probabilities, make_family
-    from flataudit.judgement import class_labels, hit_rate
+    from flataudit.judgement import class_labels, hit_rate, likelihood_ratios
     from flataudit.labels import with_indices
     from flataudit.models.classes import class_names
     from flataudit.models.registry import ModelSource, load_model
     from flataudit.models.sklearn import as_network
     from flataudit.models.torch import prepare
-    from flataudit.tensors import as_pair, resolve_device
+    from flataudit.results import UnseenLabels
+    from flataudit.tensors import as_pair, resolve_device, sample_keys
 
     use_tracking(request["tracking_uri"])
     source = ModelSource.from_dict(request["source"])
@@ -82,12 +84,15 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
             " the scale of the outputs"
         )
     log_p = log_probabilities(family, outputs)
+    ratios = likelihood_ratios(family, outputs, y, dispersion)
+    labels = None if ratios is None else UnseenLabels(sample_keys(x), ratios)
     return {
         "nll": nll,
         "nll_se": se,
         "accuracy": None if log_p is None else hit_rate(log_p, class_labels(y)),
         "n": len(y),
         "sha256": digest_of(data.x, data.y),
+        "fresh_labels": fresh_labels.look(source.identity, family.name, labels),
     }
 
 
@@ -115,7 +120,8 @@ def observe(
 
     Returns:
         {uri, name, version, identity, audit_run_id, observation_run_id, predicted: {gap, low,
-        high, estimator, confidence}, observed: {gap, se, nll, accuracy, n, sha256}, inside}.
+        high, estimator, confidence}, observed: {gap, se, nll, accuracy, n, sha256}, inside,
+        fresh_labels, warnings}: fresh_labels as in an audit's report, warnings its alarm.
 
     Raises:
         InputError: no such model, no audit of it, data that do not fit it or are its training data.
@@ -151,6 +157,7 @@ def observe(
             f"expected data never used in training, got the training data of {source.uri} in"
             f" {heldout}; give other data"
         )
+    record = found.pop("fresh_labels")
     gap, se = found["nll"] - train_nll, found["nll_se"]
     result: Json = {
         "uri": source.uri,
@@ -167,6 +174,8 @@ def observe(
         },
         "observed": {"gap": gap, "se": se, **{k: found[k] for k in found if k != "nll_se"}},
         "inside": _inside(predicted, gap, se),
+        "fresh_labels": fresh_labels.shown(record),
+        "warnings": fresh_labels.warnings_of(record),
         "observed_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     tags = {
@@ -176,9 +185,12 @@ def observe(
         keys.FAMILY: report["family"],
         keys.ESTIMATOR: predicted["estimator"],
         keys.CONFIDENCE: report["confidence"],
+        keys.WARNINGS: ", ".join(w["code"] for w in result["warnings"]),
     }
     with records.record_run(keys.OBSERVATIONS, source, "observe", tags) as (client, run_id):
         _log(client, run_id, source, audit, result, heldout)
+        if record is not None:
+            client.log_dict(run_id, record, keys.FRESH_LABELS)
     return result | {"observation_run_id": run_id}
 
 
@@ -227,6 +239,9 @@ def _log(
         keys.OBSERVED_ACCURACY: observed["accuracy"],
         keys.OBSERVED_SAMPLES: float(observed["n"]),
     }
+    labels = result["fresh_labels"]
+    if labels is not None:
+        values |= {keys.LABELS_COUNTED: float(labels["n"]), keys.LOG_E: labels["log_e"]}
     batch = [
         Metric(key, value, now, 0, model_id=model_id, run_id=run_id)
         for key, value in values.items()

@@ -302,6 +302,18 @@ class Samples:
     loo: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class UnseenLabels:
+    """What held-out labels say of the stated probabilities, one row per sample.
+
+    keys: of the samples' inputs (`flataudit.tensors.sample_keys`), (m,) uint64; log_ratios: of
+    `flataudit.calibration.eprocess`, (m, slopes) float64, nats.
+    """
+
+    keys: NDArray[np.uint64]
+    log_ratios: NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True)
 class AuditReport:
     """The whole answer. `to_dict()` is the JSON of the contract; `display` feeds the figures.
@@ -332,6 +344,10 @@ class AuditReport:
     confidence_reasons: tuple[str, ...] = ()  # why the confidence is not ok
     classes: SliceTable | None = None  # by label; None for regression
     slices: tuple[SliceTable, ...] = ()  # by the columns asked for
+    # The e-process over held-out labels (`flataudit.calibration.eprocess`); in a report from a
+    # store over all audits of the model, else over this one. None without held-out labels.
+    fresh_labels: Mapping[str, Any] | None = None
+    unseen: UnseenLabels | None = dataclasses.field(repr=False, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values: numbers are float64 or null, never NaN or inf.
@@ -339,7 +355,8 @@ class AuditReport:
         Returns:
             A dict that `json.dumps(..., allow_nan=False)` accepts, with the keys of the contract.
         """
-        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("samples", "display"))
+        arrays = ("samples", "display", "unseen")
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in arrays)
         return {"schema": SCHEMA} | {name: to_json(getattr(self, name)) for name in fields}
 
 

@@ -98,10 +98,13 @@ def load(model_uri: str, train: str, heldout: str | None, options: Json) -> Json
 
 
 def estimate(loaded: Json, options: Json, progress: Progress | None = None) -> Json:
-    """Audits the loaded model in a child process: {report, display, seconds, resources}.
+    """Audits the loaded model in a child process.
 
-    resources: `flataudit/estimate_seconds`, the start of the child included, and
+    Returns {report, display, seconds, fresh_labels, resources}. fresh_labels: the e-process over
+    all held-out labels of this model, these among them (`flataudit.fresh_labels`), None without
+    any. resources: `flataudit/estimate_seconds`, the start of the child included, and
     `flataudit/peak_bytes`, the most RAM that it held; by the names of their metrics.
+    loaded["gpu"]: the index of the GPU to use, where there are several.
 
     Raises:
         DeadlineError: load and estimate together took longer than `deadline`; the child and all
@@ -173,6 +176,7 @@ def log(loaded: Json, result: Json, options: Json) -> str:
             run_tags=loaded.get("run_tags"),
             audit_id=loaded.get("audit_id"),
             history=result.get("history"),
+            fresh_labels=result.get("fresh_labels"),
         )
         told["run_id"] = run_id
     return run_id
@@ -205,7 +209,7 @@ def run_audit(
     stages: Stages | None = None,
     write: bool = True,
 ) -> Json:
-    """One audit from URI to MLflow: {report, display, seconds, resources, run_id}.
+    """One audit from URI to MLflow: {report, display, seconds, fresh_labels, resources, run_id}.
 
     run_id is None where write=False.
 
@@ -227,9 +231,25 @@ def run_audit(
             log_failure(loaded, str(failure), values)
         raise failure from error
     history = _history(loaded, options)
-    result = _compared(result, history)
+    result = _compared(_with_all_labels(result, loaded, options), history)
     run_id = stages.log(loaded, {**result, "history": history}, values) if write else None
     return {**result, "run_id": run_id}
+
+
+def _with_all_labels(result: Json, loaded: Json, options: AuditOptions) -> Json:
+    """The result with the e-process over the labels of all audits of this model, and its alarm."""
+    record = result.get("fresh_labels")
+    report = result["report"]
+    if record is None:  # none yet, or the earlier ones cannot be read
+        return {**result, "report": {**report, "fresh_labels": None}}
+    from flataudit import fresh_labels
+
+    source = open_source(loaded, options)
+    record = fresh_labels.looked_again(record, source.identity, report["family"])
+    shown = fresh_labels.shown(record)
+    found = fresh_labels.warnings_of(shown)
+    report = {**report, "fresh_labels": shown, "warnings": [*found, *report["warnings"]]}
+    return {**result, "report": report, "fresh_labels": record}
 
 
 def _history(loaded: Json, options: AuditOptions) -> list[Json]:
@@ -279,6 +299,21 @@ def _failed(error: Exception) -> AuditFailedError:
 # --- in the child process -------------------------------------------------------------------------
 
 
+def gpus_here(request: Json, progress: Progress) -> Json:
+    """{gpus: how many torch sees}."""
+    import torch
+
+    return {"gpus": torch.cuda.device_count()}
+
+
+def _use_gpu(index: int) -> None:
+    """Lets "cuda" mean that GPU in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index)
+
+
 def open_source(loaded: Json, options: AuditOptions) -> ModelSource:
     """The model that `load` found, with MLflow pointed at its store."""
     from flataudit.models.registry import ModelSource
@@ -311,6 +346,7 @@ def read_record(
 
 def estimate_here(asked: Json, progress: Progress) -> Json:
     """`estimate` in this process: the model's code runs here, and whatever it does stays done."""
+    from flataudit import fresh_labels
     from flataudit.audit import audit
     from flataudit.columns import read_slices
     from flataudit.memory import limited_to
@@ -320,6 +356,8 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
 
     started = time.perf_counter()
     loaded, chosen = asked["loaded"], AuditOptions(**asked["options"])
+    if loaded.get("gpu") is not None:
+        _use_gpu(loaded["gpu"])
     source = open_source(loaded, chosen)
     model = load_model(source)
     train = read_data(loaded["train"], chosen, source)
@@ -356,7 +394,13 @@ def estimate_here(asked: Json, progress: Progress) -> Json:
     report = found.to_dict()
     report["model"] |= source.report_fields()
     report["warnings"] = data_warnings(report, train, source) + report["warnings"]
+    labels = fresh_labels.look(source.identity, found.family, found.unseen)
     if report["penalty"]["source"] == "evidence":
         report["penalty"]["assumptions"].append(f"no training record: {origin}")
     seconds = time.perf_counter() - started
-    return {"report": report, "display": dict(found.display), "seconds": seconds}
+    return {
+        "report": report,
+        "display": dict(found.display),
+        "seconds": seconds,
+        "fresh_labels": labels,
+    }

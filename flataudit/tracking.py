@@ -118,6 +118,7 @@ def log_audit(
     run_tags: Mapping[str, str] | None = None,
     audit_id: str | None = None,
     history: list[dict[str, Any]] | None = None,
+    fresh_labels: Mapping[str, Any] | None = None,
 ) -> str:
     """Logs a finished audit and sets the model's verdict.
 
@@ -136,6 +137,7 @@ def log_audit(
         audit_id: Of this audit. Where a run with it exists, logging broke off: that run is
             completed, and nothing in it is logged twice.
         history: What `flataudit.history.earlier_audits` gave, where it was read already.
+        fresh_labels: What `flataudit.fresh_labels` counted, for the model's next audit.
 
     Returns:
         The id of the audit run.
@@ -146,7 +148,7 @@ def log_audit(
     """
     options = dict(options or {})
     history = earlier_audits(source.name) if history is None else history
-    folder = _rendered(report, display, history)
+    folder = _rendered(report, display, history, fresh_labels)
     metrics = metrics_of(report)
     with _audit_run(source, options, experiment, run_tags, audit_id) as (client, run, link):
         run_id = str(run.info.run_id)
@@ -365,7 +367,10 @@ def _own_run(client: MlflowClient, experiment_id: str, tags: Mapping[str, str], 
 
 
 def _rendered(
-    report: dict[str, Any], display: dict[str, Any], history: list[dict[str, Any]]
+    report: dict[str, Any],
+    display: dict[str, Any],
+    history: list[dict[str, Any]],
+    fresh_labels: Mapping[str, Any] | None = None,
 ) -> str:
     """A folder with the run's artifacts; made before anything is written to the store."""
     from flataudit.report import figures, html
@@ -378,7 +383,10 @@ def _rendered(
         "reliability.png": figures.reliability_png(report, display),
         "spectrum.png": figures.spectrum_png(report, display),
     }
-    for name, value in (("report", report), ("influence", table)):
+    tables = {"report": report, "influence": table}
+    if fresh_labels is not None:
+        tables[Path(keys.FRESH_LABELS).stem] = dict(fresh_labels)
+    for name, value in tables.items():
         text = json.dumps(to_json(value), indent=1, allow_nan=False)
         files[f"{name}.json"] = text.encode()
     try:

@@ -15,6 +15,7 @@ from flataudit import stages
 from flataudit.config import make_options
 from flataudit.report import words
 from flataudit.store import without_password
+from flows.gpu import gpu_slot
 
 Json = dict[str, Any]
 
@@ -27,8 +28,9 @@ def load_task(model_uri: str, train: str, heldout: str | None, options: Json) ->
 
 @task(name="estimate", persist_result=True, result_serializer="json")
 def estimate_task(loaded: Json, options: Json) -> Json:
-    """Audits the model: report and display."""
-    return stages.estimate(loaded, options)
+    """Audits the model: report and display. One that may use a GPU waits until one is free."""
+    with gpu_slot(options["device"]) as gpu:
+        return stages.estimate(loaded | {"gpu": gpu}, options)
 
 
 @task(name="log", persist_result=True, result_serializer="json")
@@ -40,21 +42,30 @@ def log_task(loaded: Json, result: Json, options: Json) -> str:
 
 
 def emit_verdict(uri: str, report: Json, run_id: str) -> None:
-    """The Prefect event `flataudit.verdict.VERDICT` about the resource `flataudit.model.URI`.
+    """Prefect events about the resource `flataudit.model.URI`: `flataudit.verdict.VERDICT`, and
+    `flataudit.warning.CODE` for each warning above info.
 
-    For automations, which alert on it; an event that cannot be sent is no reason to fail.
+    For automations, which alert on them; an event that cannot be sent is no reason to fail.
     """
     name = without_password(uri)
+    resource = {"prefect.resource.id": f"flataudit.model.{name}", "prefect.resource.name": name}
+    found = words.sorted_warnings(report)
+    payload = {
+        "run_id": run_id,
+        "gap": words.gap_text(report),
+        "confidence": report["confidence"],
+        "warnings": ", ".join(w["code"] for w in found),
+    }
     emit_event(
-        event=f"flataudit.verdict.{words.verdict(report)}",
-        resource={"prefect.resource.id": f"flataudit.model.{name}", "prefect.resource.name": name},
-        payload={
-            "run_id": run_id,
-            "gap": words.gap_text(report),
-            "confidence": report["confidence"],
-            "warnings": ", ".join(w["code"] for w in words.sorted_warnings(report)),
-        },
+        event=f"flataudit.verdict.{words.verdict(report)}", resource=resource, payload=payload
     )
+    for warning in found:
+        if warning["severity"] not in ("none", "info"):
+            emit_event(
+                event=f"flataudit.warning.{warning['code']}",
+                resource=resource,
+                payload={**payload, "message": without_password(warning["message"])},
+            )
 
 
 @flow(

@@ -61,6 +61,9 @@ def observe(
         print(f"accuracy   {words.percent(seen['accuracy'])}")
     outcome = {True: "as predicted", False: "NOT as predicted", None: "no interval to hold it to"}
     print(f"outcome    {outcome[found['inside']]}")
+    labels = words.fresh_labels_text(found)
+    if labels:
+        print(f"\n{labels}")
     print(f"\nlogged to MLflow: run {found['observation_run_id']} in flataudit-observations")
 
 

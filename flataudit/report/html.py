@@ -292,6 +292,11 @@ def _calibration_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
             _row("ACE", words.number(cal["ace"]),
                  _why(cal["ace"], missing) or "bins of equal size"),
         ]  # fmt: skip
+    found = report.get("fresh_labels")
+    if found:
+        new = f", {found['fresh']:,} of them new" if "fresh" in found else ""
+        note = f"on {found['n']:,} labels of all audits{new}; alarm at {found['threshold']:g}"
+        rows.append(_row("E over all labels", words.e_text(found["log_e"]), note))
     for name, p in p_values.items():
         rows.append(_row(f"p value, {name}", words.p_text(p), _why(p, "not available")))
     return rows

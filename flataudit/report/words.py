@@ -93,6 +93,12 @@ _WARNINGS: Mapping[str, tuple[str, str, str]] = {
         "Compare this audit with the last one (flataudit compare) before the version is used.",
         "Fewer data, less decay or longer training raise the gap; other data change it as well.",
     ),
+    "calibration_refuted": (
+        "Labels that came in contradict the stated probabilities",
+        "Fit a temperature on these labels before the probabilities are used, or train anew.",
+        "Data that drifted, or a training that was never calibrated, show so; the alarm stays "
+        "with this version, another one starts anew.",
+    ),
     "outside_theory": (
         "Partly outside what the theory covers",
         "Treat the number as a rough indication and confirm it on held-out data.",
@@ -295,6 +301,51 @@ def calibration_text(report: Report) -> str:
     }.get(cal["verdict"], "Calibration unknown: training data alone cannot show it.")
 
 
+def e_text(log_e: float) -> str:
+    """An e-value: "57", "2.1", "0.034", "over 1,000,000".
+
+    >>> e_text(math.log(57.3)), e_text(math.log(2.13)), e_text(-20.0), e_text(800.0)
+    ('57', '2.1', 'below 0.001', 'over 1,000,000')
+    """
+    if log_e > math.log(1e6):
+        return "over 1,000,000"
+    e = math.exp(log_e)
+    return f"{e:,.0f}" if e >= 10 else f"{e:.2g}" if e >= 0.001 else "below 0.001"
+
+
+def fresh_labels_message(found: Mapping[str, Any]) -> str:
+    """The alarm of the e-process over all labels so far, as a warning's message."""
+    now, highest = e_text(found["log_e"]), e_text(found["log_e_max"])
+    e = f"E is {now}" if now == highest else f"E was {highest} at its highest and is {now} now"
+    kind = "over" if found["slope"] < 1.0 else "under"
+    return (
+        f"{_rounds(found)} contradict the stated probabilities: {e}, and a calibrated model ever"
+        f" reaches {found['threshold']:g} with a chance of at most {100 / found['threshold']:g} %,"
+        f" however often it is audited; the slope {found['slope']:g} fits best, so the model is"
+        f" {kind}-confident"
+    )
+
+
+def fresh_labels_text(report: Mapping[str, Any]) -> str:
+    """What all labels of all audits say together, as one sentence; "" without any."""
+    found = report.get("fresh_labels")
+    if not found:
+        return ""
+    if found["alarm"]:
+        return sentence(fresh_labels_message(found))
+    return (
+        f"{_rounds(found)} do not contradict the stated probabilities: E is"
+        f" {e_text(found['log_e'])}, and the alarm is at {found['threshold']:g}, which a calibrated"
+        f" model ever reaches with a chance of at most {100 / found['threshold']:g} %, however"
+        " often it is audited."
+    )
+
+
+def _rounds(found: Mapping[str, Any]) -> str:
+    rounds = "one round" if found["looks"] == 1 else f"{found['looks']:,} rounds"
+    return f"{found['n']:,} labels that the training did not see ({rounds})"
+
+
 def headline(report: Report) -> str:
     """One sentence: the predicted gap, and whether it may be relied on."""
     gap, confidence = report["gap"], report["confidence"]
@@ -322,6 +373,7 @@ def explain(report: Report) -> list[str]:
                      f"{text} {accuracy_source(report)}.")  # fmt: skip
     lines.append(observed_text(report))
     lines.append(calibration_text(report))
+    lines.append(fresh_labels_text(report))
     label, reasons = reliance(report)
     lines.append(f"{label}: {'; '.join(reasons)}.")
     name = ESTIMATORS[gap["estimator"]][0]

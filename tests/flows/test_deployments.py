@@ -15,6 +15,7 @@ import yaml
 
 from flataudit.errors import InputError
 from flataudit.pipeline import read_folder
+from tests.servers import BACKENDS, backend
 from tests.shells import ROOT, environment
 from tests.sweep_store import make_fleet
 
@@ -60,9 +61,20 @@ def test_serving_needs_a_server(monkeypatch):
 # --- a real server, and a minute's wait ---------------------------------------------------------
 
 
-@pytest.fixture
-def real(tmp_path):
-    """A Prefect server as a process of its own; the environment that finds it and a fleet."""
+@pytest.fixture(params=BACKENDS)
+def real(request, tmp_path):
+    """A Prefect server as a process of its own, with each kind of database; the environment that
+    finds it, and a fleet."""
+    (tmp_path / "database").mkdir()
+    with backend(request.param, tmp_path / "database") as uri:
+        scheme, _, place = uri.partition("://")
+        driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}[scheme]
+        with real_server(f"{driver}://{place}", tmp_path) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def real_server(database, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -70,7 +82,7 @@ def real(tmp_path):
     env = environment(
         PREFECT_API_URL=f"http://127.0.0.1:{port}/api", PREFECT_HOME=str(tmp_path / "prefect"),
         MLFLOW_TRACKING_URI=fleet.uri, PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        PREFECT_RUNNER_HEARTBEAT_FREQUENCY="30",
+        PREFECT_RUNNER_HEARTBEAT_FREQUENCY="30", PREFECT_API_DATABASE_CONNECTION_URL=database,
     )  # fmt: skip
     with running([*PREFECT, "server", "start", "--port", str(port), "--host", "127.0.0.1"], env,
                  tmp_path / "server.log"):  # fmt: skip
