@@ -20,6 +20,7 @@ from flataudit.keys import (
     AUDITED_AT,
     DURATION,
     EXPERIMENT,
+    POLICY,
     RUN_ID,
     URI_TAG,
     VERDICT,
@@ -101,7 +102,7 @@ def audited_run(key: str, source: ModelSource) -> str | None:
             return None
         if source.kind == "registry":
             tags = client.get_model_version(str(source.name), str(source.version)).tags
-            if _unwritten(tags, run) or tags.get(VERDICT, "error") == "error":
+            if _unwritten(tags, run) or not _is_whole(tags):
                 return None
         return str(run.info.run_id)
 
@@ -147,11 +148,17 @@ def _newest_run(client: MlflowClient, source: ModelSource, more: str = "") -> Ru
 
 
 def _unwritten(tags: Mapping[str, str], run: Run) -> bool:
-    """Whether the version's tags are older than this run, or its verdict was not written yet."""
+    """Whether the version's tags are older than this run, or not all of it were written yet."""
     of_run = run.data.tags
     if tags.get(RUN_ID) == run.info.run_id:
-        return tags.get(VERDICT) != of_run.get(VERDICT)
+        return tags.get(VERDICT) != of_run.get(VERDICT) or not _is_whole(tags)
     return tags.get(AUDITED_AT, "") < of_run.get(AUDITED_AT, "")
+
+
+def _is_whole(tags: Mapping[str, str]) -> bool:
+    """Whether the version has a verdict, none that says error, and all tags of its audit: the
+    policy's is the first to go and the last to come (`flataudit.versions.set_verdict`)."""
+    return tags.get(VERDICT, "error") != "error" and POLICY in tags
 
 
 def start_sweep(pipeline: Pipeline) -> str:
@@ -280,7 +287,7 @@ def _chosen(
 def _is_audited(client: MlflowClient, version: ModelVersion, rules: str) -> bool:
     """Whether its verdict is about these very weights, by this release and its rules."""
     tags = version.tags
-    if tags.get(VERDICT, "error") == "error" or tags.get("flataudit.policy") != rules:
+    if not _is_whole(tags) or tags.get(POLICY) != rules:
         return False
     return tags.get("flataudit.model_id") == _identity(client, version)
 

@@ -139,7 +139,8 @@ def audited(client):
         }
         run_id = client.create_run(experiment, tags=tags).info.run_id
         client.set_terminated(run_id, status)
-        for key, value in (("audited_at", written or at), ("verdict", verdict)):
+        shown = {"audited_at": written or at, "verdict": verdict, "policy": tracking.policy_hash()}
+        for key, value in shown.items():
             client.set_model_version_tag("fleet-a", "1", f"flataudit.{key}", value)
         return run_id
 
