@@ -6,13 +6,15 @@ versions without the tag, which are the very ones that are looked for.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from flataudit import processes
 from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError
 from flataudit.keys import (
@@ -41,6 +43,9 @@ Json = dict[str, Any]
 
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI shows the audits below their sweep
 PIPELINE_TAG = "flataudit.pipeline"  # on a sweep's run and on its audits'
+# On a sweep's run: who runs it, and the later sweep that closed it because it was killed.
+PROCESS_TAG, FLOW_RUN_TAG = "flataudit.process", "flataudit.flow_run_id"
+CONTINUED_TAG = "flataudit.continued_by"
 TABLE = "flataudit/sweep.json"  # artifact of a sweep's run
 
 
@@ -107,6 +112,25 @@ def audited_run(key: str, source: ModelSource) -> str | None:
         return str(run.info.run_id)
 
 
+def audit_id(key: str, source: ModelSource) -> str:
+    """The id of the audit with this key that is due now.
+
+    Of one whose logging broke off; else it follows from the key, the version and its newest run.
+    Two processes that audit a version at the same time, as where a cluster's worker goes on after
+    its sweep was killed, so have one id, and therefore one run (`flataudit.tracking`).
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    begun = broken_off(key, source)
+    if begun is not None:
+        return begun
+    with store_errors(f"look for an earlier audit of {source.uri}"):
+        newest = _newest_run(_client(), source)
+    before = "" if newest is None else newest.info.run_id
+    return hashlib.sha256(f"{key} {source.uri} {before}".encode()).hexdigest()[:32]
+
+
 def broken_off(key: str, source: ModelSource) -> str | None:
     """The audit id of an audit with this key whose logging broke off, which can be completed.
 
@@ -161,8 +185,11 @@ def _is_whole(tags: Mapping[str, str]) -> bool:
     return tags.get(VERDICT, "error") != "error" and POLICY in tags
 
 
-def start_sweep(pipeline: Pipeline) -> str:
+def start_sweep(pipeline: Pipeline, flow_run: str = "") -> str:
     """A new MLflow run for the sweep; returns its id.
+
+    flow_run: the id of Prefect's run. With this process it is what a later sweep goes by to see
+    whether this one has ended (`close_ended`).
 
     Raises:
         StoreError: the store cannot be written.
@@ -172,6 +199,8 @@ def start_sweep(pipeline: Pipeline) -> str:
 
         client = _client()
         tags = {PIPELINE_TAG: pipeline.name, "mlflow.source.name": "flataudit"}
+        known = {PROCESS_TAG: processes.identity(), FLOW_RUN_TAG: flow_run}
+        tags |= {key: value for key, value in known.items() if value}
         if pipeline.tags:
             tags["flataudit.pipeline_tags"] = ", ".join(pipeline.tags)
         experiment = ensure_experiment(EXPERIMENT)
@@ -180,6 +209,35 @@ def start_sweep(pipeline: Pipeline) -> str:
         run_id = str(run.info.run_id)
         client.log_dict(run_id, pipeline.to_dict(), "flataudit/pipeline.json")
         return run_id
+
+
+def close_ended(
+    pipeline: Pipeline, run_id: str, flow_has_ended: Callable[[str], bool]
+) -> list[str]:
+    """Ends the runs of this pipeline's earlier sweeps that were killed: status KILLED, and
+    `flataudit.continued_by`, the run of this sweep. Returns them.
+
+    A sweep has ended where its process is gone (`flataudit.processes.is_gone`), or where
+    `flow_has_ended` says so of its Prefect run. One that may still run, here or on another
+    machine, is left alone; so is one that cannot be written to.
+    """
+    closed = []
+    with suppress(Exception):
+        client = _client()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        ours = f"tags.`{PIPELINE_TAG}` = {quoted(pipeline.name)}"
+        running = "attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment.experiment_id], f"{ours} and {running}"):
+            tags, other = run.data.tags, run.info.run_id
+            if other == run_id or URI_TAG in tags:  # an audit is completed by its own key
+                continue
+            flow_run = tags.get(FLOW_RUN_TAG, "")
+            gone = processes.is_gone(tags.get(PROCESS_TAG, ""))
+            if gone or (flow_run and flow_has_ended(flow_run)):
+                client.set_tag(other, CONTINUED_TAG, run_id)
+                client.set_terminated(other, "KILLED")
+                closed.append(other)
+    return closed
 
 
 def finish_sweep(run_id: str, rows: list[Json], counts: Mapping[str, int], note: str) -> None:

@@ -1,4 +1,4 @@
-"""A registry of small models on real data, each trained for itself, and a few that cannot be audited.
+"""A registry of small models on real data, each trained for itself, some of them broken.
 
 Five data sets of scikit-learn (digits, breast cancer, wine, iris, diabetes), networks and linear
 models; every model has its own sample of the data, its own start and its own registered name. The
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
