@@ -111,20 +111,17 @@ def _audit_all(uris: list[str], asked: Pipeline, run_id: str) -> list[Json]:
     A process that dies takes its whole pool along, with audits that did nothing wrong and those
     that had not begun: they are given to a new pool.
     """
-
-    def submit(runner: Any, some: list[str]) -> dict[str, Any]:
-        given = {"pipeline": asked.to_dict(), "parent_run_id": run_id}
-        futures = {uri: runner.submit(audit_version, {"uri": uri, **given}) for uri in some}
-        return {uri: ended(future) for uri, future in futures.items()}
-
-    found: dict[str, Any] = {}
-    lost = uris
-    for _ in range(POOLS):
-        with task_runner() as runner:
-            found |= submit(runner, lost)
+    given = asked.to_dict()
+    futures = [audit_version.submit(uri, given, run_id) for uri in uris]
+    found = {uri: ended(future) for uri, future in zip(uris, futures, strict=True)}
+    for _ in range(POOLS - 1):
         lost = [uri for uri in uris if isinstance(found[uri], BrokenExecutor)]
         if not lost:
             break
+        with task_runner() as pool:
+            parameters = {"pipeline": given, "parent_run_id": run_id}
+            futures = [pool.submit(audit_version, {"uri": uri} | parameters) for uri in lost]
+            found |= {uri: ended(future) for uri, future in zip(lost, futures, strict=True)}
     return [_outcome(uri, found[uri]) for uri in uris]
 
 
