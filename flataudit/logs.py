@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,9 +40,13 @@ def log_format() -> str | None:
 
 
 def listen() -> None:
-    """The command line's part: the lines on stderr where FLATAUDIT_LOG asks for them."""
+    """The command line's part: the lines on stderr where FLATAUDIT_LOG asks for them.
+
+    Else the package's warnings alone: what a command prints says how its stages ended.
+    """
     asked = log_format()
     if asked is None:
+        logging.getLogger("flataudit").addHandler(_warnings)
         return
     to_stderr("flataudit", "%(message)s" if asked == "json" else LINE)
 
@@ -56,17 +61,15 @@ def to_stderr(name: str, form: str) -> None:
     ours.propagate = False  # handlers of others would print each line again
 
 
-@contextmanager
-def stages_unsaid() -> Iterator[None]:
-    """Warnings only, unless FLATAUDIT_LOG asks: where a table says what came of the stages."""
-    package = logging.getLogger("flataudit")
-    before = package.level
-    if log_format() is None:
-        package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(before)
+class _Warnings(logging.Handler):
+    """The package's warnings on whatever stderr is then, but no lines of the stages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != log.name:
+            sys.stderr.write(f"{self.format(record)}\n")
+
+
+_warnings = _Warnings(logging.WARNING)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What Linux's /proc tells about processes: their children, and the memory they hold."""
+"""What Linux's /proc tells about processes: children, memory, and whether one is still there."""
 
 from __future__ import annotations
 
@@ -49,3 +49,44 @@ def proportional_bytes(pid: int | str = "self") -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     return resident_bytes(pid)
+
+
+def identity() -> str:
+    """Names this process and no other: boot, pid namespace, pid and start; "" where not known."""
+    try:
+        boot, space = _here()
+        return f"{boot} {space} {os.getpid()} {_start(os.getpid())}"
+    except (OSError, IndexError):
+        return ""
+
+
+def is_gone(named: str) -> bool:
+    """Whether the process that `identity` named has certainly ended.
+
+    False where that cannot be seen from here: on another machine, in another container, or since
+    the machine was started anew.
+    """
+    try:
+        boot, space, pid, start = named.split()
+        if (boot, space) != _here():
+            return False
+    except (OSError, ValueError):
+        return False
+    try:
+        return _start(int(pid)) != start
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _here() -> tuple[str, str]:
+    """This boot of the machine, and this container's numbering of processes."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, os.readlink("/proc/self/ns/pid")
+
+
+def _start(pid: int) -> str:
+    """When a process was started, in ticks since the boot; "ended" for a zombie."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "ended" if fields[0] in "ZX" else fields[19]

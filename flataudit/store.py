@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -39,11 +39,21 @@ def embedded_store(folder: Path | str) -> str:
     with store_errors(f"open the embedded store in {path}"):
         path.mkdir(parents=True, exist_ok=True)
         if not (path / DATABASE).exists():
-            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-            # The artifact root is fixed when the first experiment is made, which happens here.
-            SqlAlchemyStore(uri, (path / ARTIFACTS).as_uri())
+            _make_database(path)
     return uri
+
+
+def _make_database(folder: Path) -> None:
+    """Made apart and put in place whole: of several processes at once the first one's counts, and
+    none sees tables half made, or makes the first experiment with another artifact root."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as apart:
+        made = Path(apart) / DATABASE
+        # The artifact root is fixed when the first experiment is made, which happens here.
+        SqlAlchemyStore(f"{_SQLITE}{made}", (folder / ARTIFACTS).as_uri()).engine.dispose()
+        with suppress(FileExistsError):
+            os.link(made, folder / DATABASE)
 
 
 def use_tracking(uri: str | None = None) -> str:

@@ -6,13 +6,15 @@ versions without the tag, which are the very ones that are looked for.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from flataudit import processes
 from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError
 from flataudit.keys import (
@@ -20,6 +22,7 @@ from flataudit.keys import (
     AUDITED_AT,
     DURATION,
     EXPERIMENT,
+    POLICY,
     RUN_ID,
     URI_TAG,
     VERDICT,
@@ -40,6 +43,9 @@ Json = dict[str, Any]
 
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its UI shows the audits below their sweep
 PIPELINE_TAG = "flataudit.pipeline"  # on a sweep's run and on its audits'
+# On a sweep's run: who runs it, and the later sweep that closed it because it was killed.
+PROCESS_TAG, FLOW_RUN_TAG = "flataudit.process", "flataudit.flow_run_id"
+CONTINUED_TAG = "flataudit.continued_by"
 TABLE = "flataudit/sweep.json"  # artifact of a sweep's run
 
 
@@ -101,9 +107,28 @@ def audited_run(key: str, source: ModelSource) -> str | None:
             return None
         if source.kind == "registry":
             tags = client.get_model_version(str(source.name), str(source.version)).tags
-            if _unwritten(tags, run) or tags.get(VERDICT, "error") == "error":
+            if _unwritten(tags, run) or not _is_whole(tags):
                 return None
         return str(run.info.run_id)
+
+
+def audit_id(key: str, source: ModelSource) -> str:
+    """The id of the audit with this key that is due now.
+
+    Of one whose logging broke off; else it follows from the key, the version and its newest run.
+    Two processes that audit a version at the same time, as where a cluster's worker goes on after
+    its sweep was killed, so have one id, and therefore one run (`flataudit.tracking`).
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    begun = broken_off(key, source)
+    if begun is not None:
+        return begun
+    with store_errors(f"look for an earlier audit of {source.uri}"):
+        newest = _newest_run(_client(), source)
+    before = "" if newest is None else newest.info.run_id
+    return hashlib.sha256(f"{key} {source.uri} {before}".encode()).hexdigest()[:32]
 
 
 def broken_off(key: str, source: ModelSource) -> str | None:
@@ -147,15 +172,24 @@ def _newest_run(client: MlflowClient, source: ModelSource, more: str = "") -> Ru
 
 
 def _unwritten(tags: Mapping[str, str], run: Run) -> bool:
-    """Whether the version's tags are older than this run, or its verdict was not written yet."""
+    """Whether the version's tags are older than this run, or not all of it were written yet."""
     of_run = run.data.tags
     if tags.get(RUN_ID) == run.info.run_id:
-        return tags.get(VERDICT) != of_run.get(VERDICT)
+        return tags.get(VERDICT) != of_run.get(VERDICT) or not _is_whole(tags)
     return tags.get(AUDITED_AT, "") < of_run.get(AUDITED_AT, "")
 
 
-def start_sweep(pipeline: Pipeline) -> str:
+def _is_whole(tags: Mapping[str, str]) -> bool:
+    """Whether the version has a verdict, none that says error, and all tags of its audit: the
+    policy's is the first to go and the last to come (`flataudit.versions.set_verdict`)."""
+    return tags.get(VERDICT, "error") != "error" and POLICY in tags
+
+
+def start_sweep(pipeline: Pipeline, flow_run: str = "") -> str:
     """A new MLflow run for the sweep; returns its id.
+
+    flow_run: the id of Prefect's run. With this process it is what a later sweep goes by to see
+    whether this one has ended (`close_ended`).
 
     Raises:
         StoreError: the store cannot be written.
@@ -165,6 +199,8 @@ def start_sweep(pipeline: Pipeline) -> str:
 
         client = _client()
         tags = {PIPELINE_TAG: pipeline.name, "mlflow.source.name": "flataudit"}
+        known = {PROCESS_TAG: processes.identity(), FLOW_RUN_TAG: flow_run}
+        tags |= {key: value for key, value in known.items() if value}
         if pipeline.tags:
             tags["flataudit.pipeline_tags"] = ", ".join(pipeline.tags)
         experiment = ensure_experiment(EXPERIMENT)
@@ -173,6 +209,35 @@ def start_sweep(pipeline: Pipeline) -> str:
         run_id = str(run.info.run_id)
         client.log_dict(run_id, pipeline.to_dict(), "flataudit/pipeline.json")
         return run_id
+
+
+def close_ended(
+    pipeline: Pipeline, run_id: str, flow_has_ended: Callable[[str], bool]
+) -> list[str]:
+    """Ends the runs of this pipeline's earlier sweeps that were killed: status KILLED, and
+    `flataudit.continued_by`, the run of this sweep. Returns them.
+
+    A sweep has ended where its process is gone (`flataudit.processes.is_gone`), or where
+    `flow_has_ended` says so of its Prefect run. One that may still run, here or on another
+    machine, is left alone; so is one that cannot be written to.
+    """
+    closed = []
+    with suppress(Exception):
+        client = _client()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        ours = f"tags.`{PIPELINE_TAG}` = {quoted(pipeline.name)}"
+        running = "attributes.status = 'RUNNING'"
+        for run in client.search_runs([experiment.experiment_id], f"{ours} and {running}"):
+            tags, other = run.data.tags, run.info.run_id
+            if other == run_id or URI_TAG in tags:  # an audit is completed by its own key
+                continue
+            flow_run = tags.get(FLOW_RUN_TAG, "")
+            gone = processes.is_gone(tags.get(PROCESS_TAG, ""))
+            if gone or (flow_run and flow_has_ended(flow_run)):
+                client.set_tag(other, CONTINUED_TAG, run_id)
+                client.set_terminated(other, "KILLED")
+                closed.append(other)
+    return closed
 
 
 def finish_sweep(run_id: str, rows: list[Json], counts: Mapping[str, int], note: str) -> None:
@@ -280,7 +345,7 @@ def _chosen(
 def _is_audited(client: MlflowClient, version: ModelVersion, rules: str) -> bool:
     """Whether its verdict is about these very weights, by this release and its rules."""
     tags = version.tags
-    if tags.get(VERDICT, "error") == "error" or tags.get("flataudit.policy") != rules:
+    if not _is_whole(tags) or tags.get(POLICY) != rules:
         return False
     return tags.get("flataudit.model_id") == _identity(client, version)
 

@@ -69,15 +69,16 @@ def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tags_of(report: dict[str, Any], source: ModelSource, run_id: str) -> dict[str, str]:
-    """The tags of an audited version, the verdict last."""
+    """The tags of an audited version; the policy last, which `versions.set_verdict` takes off
+    first: a version with it has all the others from one audit under these rules."""
     return {
         "flataudit.gap": words.gap_text(report),
         "flataudit.calibration": str(report["calibration"]["verdict"]),
         "flataudit.confidence": str(report["confidence"]),
         "flataudit.warnings": ", ".join(w["code"] for w in words.sorted_warnings(report)),
-        "flataudit.policy": policy_hash(),
         **_bound_to(source, run_id),
         VERDICT: words.verdict(report),
+        keys.POLICY: policy_hash(),
     }
 
 

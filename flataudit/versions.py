@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from flataudit.errors import InputError, first_of, printable
+from flataudit.keys import POLICY
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -90,6 +91,10 @@ def set_verdict(
     A version also gets the block. Where a call fails, what was written is taken back as far as
     the store allows, and the error goes on.
 
+    A version's policy tag (`keys.POLICY`) is taken off before all and written after all: without
+    it a verdict was not written whole, as where the process was killed. That it cannot be written
+    is logged alone: the verdict is there, and the next sweep adds the mark.
+
     model_id: of the logged model in this store, for a model without a registered version.
     """
     if source.kind == "registry":
@@ -126,8 +131,11 @@ def _set_on_version(
     clear: Collection[str],
 ) -> None:
     before = client.get_model_version(name, version)
-    stale = [key for key in clear if key in before.tags and key not in tags]
+    others = {key: value for key, value in tags.items() if key != POLICY}
+    stale = [key for key in clear if key in before.tags and key not in others and key != POLICY]
     try:
+        if POLICY in before.tags:
+            client.delete_model_version_tag(name, version, POLICY)
         for text in (block, block.partition("\n")[0]):  # a long description leaves less room
             description = merge_description(before.description, text)
             if len(description) <= DESCRIPTION_LIMIT:
@@ -135,18 +143,47 @@ def _set_on_version(
                 break
         for key in stale:
             client.delete_model_version_tag(name, version, key)
-        for key, value in tags.items():
+        for key, value in others.items():
             client.set_model_version_tag(name, version, key, value)
     except BaseException:
-        with suppress(Exception):
-            client.update_model_version(name, version, before.description or "")
-        for key in (*stale, *reversed(list(tags))):
-            with suppress(Exception):
-                if key in before.tags:
-                    client.set_model_version_tag(name, version, key, before.tags[key])
-                else:
-                    client.delete_model_version_tag(name, version, key)
+        _take_back(client, before, [*stale, *reversed(list(others))])
         raise
+    if POLICY in tags:
+        try:
+            client.set_model_version_tag(name, version, POLICY, tags[POLICY])
+        except Exception as error:
+            log.warning(
+                "the verdict of %s version %s is written, but not that it is whole: %s; audit it"
+                " again", name, version, _one_line(error),
+            )  # fmt: skip
+
+
+def _take_back(client: MlflowClient, before: ModelVersion, changed: Iterable[str]) -> None:
+    """Description and tags as they were, as far as the store allows; the policy last, and only
+    where nothing else is missing."""
+    name, version = before.name, str(before.version)
+
+    def put(key: str) -> None:
+        if key in before.tags:
+            client.set_model_version_tag(name, version, key, before.tags[key])
+        else:
+            client.delete_model_version_tag(name, version, key)
+
+    whole = True
+    with suppress(Exception):
+        client.update_model_version(name, version, before.description or "")
+    for key in changed:
+        try:
+            put(key)
+        except Exception:
+            whole = False
+    if whole and POLICY in before.tags:
+        with suppress(Exception):
+            put(POLICY)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def search_versions(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
@@ -197,7 +234,7 @@ def update_model_table(client: MlflowClient, source: ModelSource) -> None:
         log.warning(
             "the audit is logged, but the table in the description of %s could not be updated: %s",
             name,
-            " ".join(str(error).split())[:300],
+            _one_line(error),
         )
 
 

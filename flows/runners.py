@@ -8,7 +8,10 @@ FLATAUDIT_DASK_ADDRESS: of a running Dask scheduler; without it a cluster on thi
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +58,22 @@ def _threads(workers: int) -> Any:
 
 
 def _processes(workers: int) -> Any:
-    return ProcessPoolTaskRunner(max_workers=workers)
+    return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_the_parent)
+
+
+def end_with_the_parent() -> None:
+    """In a worker of a pool: it ends as soon as the sweep's process has.
+
+    It would finish its audit, while the restarted sweep makes the same one, and then wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_for, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_for(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _dask(workers: int) -> Any:

@@ -10,13 +10,14 @@ estimate and logging takes it from there (state Cached).
 from __future__ import annotations
 
 import json
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import exponential_backoff
@@ -24,7 +25,7 @@ from prefect.transactions import CommitMode, transaction
 
 from flataudit import stages, sweeps
 from flataudit.audit_key import KEY_TAG, key_of
-from flataudit.errors import FlatauditError, InputError
+from flataudit.errors import AuditFailedError, FlatauditError, InputError
 from flataudit.models.registry import ModelSource
 from flataudit.pipeline import Pipeline, make_pipeline, read_pipeline
 from flataudit.store import use_tracking
@@ -34,6 +35,7 @@ from flows.runners import ended, task_runner
 Json = dict[str, Any]
 
 RETRY_DELAY = 5.0  # seconds before the first retry; doubled before each later one
+POOLS = 3  # pools of processes that a sweep begins before it gives up what they took along
 FAILED = "AuditsFailed"  # name of the completed state of a sweep in which an audit failed
 COLUMNS = ["verdict", "gap", "low", "high", "confidence", "warnings", "seconds", "run_id", "error"]
 
@@ -75,15 +77,10 @@ def sweep_flow(pipeline: str | Json) -> Any:
     asked = _read(pipeline)
     use_tracking()
     versions = sweeps.select_versions(asked.model)
-    run_id = sweeps.start_sweep(asked)
+    run_id = sweeps.start_sweep(asked, str(flow_run.id or ""))
+    sweeps.close_ended(asked, run_id, _has_ended)
     try:
-        futures = [
-            audit_version.submit(version.uri, asked.to_dict(), run_id) for version in versions
-        ]
-        wait(futures)
-        rows = [
-            _outcome(version.uri, future) for version, future in zip(versions, futures, strict=True)
-        ]
+        rows = _audit_all([version.uri for version in versions], asked, run_id)
         counts = {
             state: sum(row["state"] == state for row in rows)
             for state in ("audited", "skipped", "failed")
@@ -108,6 +105,36 @@ def summary(counts: Json) -> str:
     return ", ".join(f"{number} {state}" for state, number in counts.items())
 
 
+def _audit_all(uris: list[str], asked: Pipeline, run_id: str) -> list[Json]:
+    """The row of each version.
+
+    A process that dies takes its whole pool along, with audits that did nothing wrong and those
+    that had not begun: they are given to a new pool.
+    """
+    given = asked.to_dict()
+    futures = [audit_version.submit(uri, given, run_id) for uri in uris]
+    found = {uri: ended(future) for uri, future in zip(uris, futures, strict=True)}
+    for _ in range(POOLS - 1):
+        lost = [uri for uri in uris if isinstance(found[uri], BrokenExecutor)]
+        if not lost:
+            break
+        with task_runner() as pool:
+            parameters = {"pipeline": given, "parent_run_id": run_id}
+            futures = [pool.submit(audit_version, {"uri": uri} | parameters) for uri in lost]
+            found |= {uri: ended(future) for uri, future in zip(lost, futures, strict=True)}
+    return [_outcome(uri, found[uri]) for uri in uris]
+
+
+def _has_ended(flow_run_id: str) -> bool:
+    """Whether Prefect knows that flow run, and as ended."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run_id)).state
+    except Exception:  # of another server, or no id
+        return False
+    return state is not None and state.is_final()
+
+
 def _audited_or_skipped(uri: str, asked: Pipeline, parent_run_id: str) -> Json:
     options = asked.audit_options()
     values = options.model_dump()
@@ -119,8 +146,7 @@ def _audited_or_skipped(uri: str, asked: Pipeline, parent_run_id: str) -> Json:
     if done is not None:
         return _row(uri, "skipped", **sweeps.recorded(done))
     tags = {KEY_TAG: key, sweeps.PIPELINE_TAG: asked.name, sweeps.PARENT_TAG: parent_run_id}
-    begun = sweeps.broken_off(key, source)
-    loaded = loaded | {"run_tags": tags, "audit_id": begun or loaded["audit_id"]}
+    loaded = loaded | {"run_tags": tags, "audit_id": sweeps.audit_id(key, source)}
 
     def log(loaded: Json, result: Json, options: Json) -> str:
         # A kept estimate may be of another version with the same weights.
@@ -184,11 +210,15 @@ def _worth_a_retry(task: Any, run: Any, state: Any) -> bool:
     return not isinstance(error, InputError)
 
 
-def _outcome(uri: str, future: Any) -> Json:
-    """The row of a task that has ended, however it has."""
-    found = ended(future)
+def _outcome(uri: str, found: Any) -> Json:
+    """The row of a task by what it returned, or by the exception with which it ended."""
     if isinstance(found, dict):
         return found
+    if isinstance(found, BrokenExecutor):
+        found = AuditFailedError(
+            f"expected the processes of the pool to live, got the end of {POOLS} pools (kill -9, or"
+            " no memory left); set FLATAUDIT_WORKERS lower and run the sweep again"
+        )
     text = str(found) if isinstance(found, FlatauditError) else f"{type(found).__name__}: {found}"
     return _row(uri, "failed", error=" ".join(text.split())[:1000])
 

@@ -114,13 +114,15 @@ def test_the_stages_of_a_real_audit(lines, monkeypatch, tmp_path):
     assert not {keys.PEAK_BYTES, keys.ESTIMATE_SECONDS} & {m.key for m in on_model.metrics}
 
 
-def test_unsaid_for_a_while(lines, monkeypatch):
+def test_unasked_a_command_shows_warnings_alone(monkeypatch, capsys):
+    """No line of a stage, not even of one that failed: the command says what came of it."""
     package = logging.getLogger("flataudit")
-    with logs.stages_unsaid(), stage("log", "models:/net/1"):
-        pass
-    assert lines() == []
-    assert package.level == logging.INFO  # as `lines` set it
-    monkeypatch.setenv(logs.VARIABLE, "text")
-    with logs.stages_unsaid(), stage("log", "models:/net/1"):
-        pass
-    assert len(lines()) == 2
+    monkeypatch.delenv(logs.VARIABLE, raising=False)
+    monkeypatch.setattr(package, "handlers", [])
+    logs.listen()
+    logs.listen()  # twice is once
+    with pytest.raises(ValueError, match="broke"), stage("log", "models:/net/1"):
+        raise ValueError("broke")
+    logging.getLogger("flataudit.versions").info("a detail")
+    logging.getLogger("flataudit.versions").warning("the table is old")
+    assert capsys.readouterr() == ("", "the table is old\n")

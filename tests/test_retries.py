@@ -1,6 +1,7 @@
 """Calls that are tried again: which errors pass, and that no failing call makes anything twice."""
 
 import errno
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flataudit import keys, retries, stages, tracking
+from flataudit import keys, retries, stages, sweeps, tracking
+from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError, StoreError
+from flataudit.pipeline import Models
 from flataudit.report import words
 from flataudit.retries import patient, retried, transient
 from flataudit.store import embedded_store, ensure_experiment
@@ -226,6 +229,11 @@ def check_once(client, source, run_id):
     assert version.description.count("flataudit:begin") == 1
 
 
+def tags_set(names):
+    """Which calls set a version's tag."""
+    return [number for number, name in enumerate(names) if name == "set_model_version_tag"]
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["request", "answer"])
 def test_each_call_may_fail_once(store, faults, after):
     """With the request lost, and with it done and only the answer lost."""
@@ -249,9 +257,8 @@ def test_a_call_that_fails_for_ever_leaves_the_old_verdict(store, faults):
     log(source, "old-probe")
     faults.now()
     log(source, "new-probe", confidence="low")
-    names = list(faults.names)
-    last = max(n for n, name in enumerate(names) if name == "set_model_version_tag")
-    for number in range(last + 1):
+    *written, _ = tags_set(faults.names)  # all but the mark that the verdict is whole
+    for number in range(written[-1] + 1):
         source = register(f"gone-{number}")
         log(source, f"old-{number}")
         before = seen(store, source)
@@ -278,8 +285,8 @@ def test_while_a_call_cannot_be_repeated_everything_is_set_back(store, faults):
     log(source, "old")
     faults.now()
     log(source, "new", confidence="low")
-    names = list(faults.names)
-    for number in [n for n, name in enumerate(names) if name == "set_model_version_tag"]:
+    *written, _ = tags_set(faults.names)
+    for number in written:
         source = register(f"back-{number}")
         log(source, f"old-{number}")
         before = store.get_model_version(source.name, source.version)
@@ -304,6 +311,66 @@ def test_killed_between_any_two_calls(store, faults):
             log(source, f"id-{number}")
         faults.now()
         check_once(store, source, log(source, f"id-{number}"))
+
+
+@pytest.mark.parametrize("rules", ["new rules", "the same rules"])
+def test_killed_in_a_second_audit_the_version_is_unaudited(store, faults, monkeypatch, rules):
+    """Until its tags are all of one audit: neither selected as audited nor skipped by the key."""
+
+    def log_again(source, key):
+        with monkeypatch.context() as patch:
+            if rules == "new rules":
+                patch.setattr(tracking, "policy_hash", lambda: "new")
+            return tracking.log_audit(
+                report_of(source, confidence="low"), {}, source, audit_id=key,
+                run_tags={KEY_TAG: key},
+            )  # fmt: skip
+
+    def unaudited(source):
+        with monkeypatch.context() as patch:
+            if rules == "new rules":
+                patch.setattr(sweeps, "policy_hash", lambda: "new")
+            return sweeps.select_versions(Models(name=source.name, select="unaudited")) != []
+
+    probe = register("probe")
+    log(probe, "old")
+    faults.now()
+    log_again(probe, "new")
+    names = list(faults.names)
+    first, last = names.index("delete_model_version_tag"), tags_set(names)[-1]
+    assert last - first >= 9
+    for number in range(first, last + 1):
+        source = register(f"half-{number}")
+        log(source, "old-" + source.name)
+        faults.now(range(number, 10**6))
+        faults.error = Killed
+        with pytest.raises(Killed):
+            log_again(source, source.name)
+        faults.now()
+        untouched = number == first
+        assert unaudited(source) == (not untouched or rules == "new rules")
+        assert sweeps.audited_run(source.name, source) is None
+        assert sweeps.broken_off(source.name, source) == source.name
+        run_id = log_again(source, source.name)
+        assert not unaudited(source)
+        assert sweeps.audited_run(source.name, source) == run_id
+
+
+def test_without_the_last_mark_the_verdict_stands(store, faults, caplog):
+    """All but the policy's tag is written: the audit counts as logged, the version as unaudited."""
+    source = register("unmarked")
+    faults.now()
+    log(register("probe"), "probe")
+    last = tags_set(faults.names)[-1]
+    faults.now(range(last, last + TRIES))
+    with caplog.at_level(logging.WARNING):
+        run_id = log(source, "id")
+    assert "unmarked version 1 is written, but not that it is whole" in caplog.text
+    tags = store.get_model_version("unmarked", "1").tags
+    assert (tags[keys.RUN_ID], tags[keys.VERDICT], keys.POLICY in tags) == (run_id, "pass", False)
+    assert sweeps.select_versions(Models(name="unmarked", select="unaudited")) != []
+    assert log(source, "id") == run_id
+    assert sweeps.select_versions(Models(name="unmarked", select="unaudited")) == []
 
 
 def test_an_error_is_on_record_once_and_apart(store, faults):

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow
@@ -6,6 +8,7 @@ import pytest
 
 from flataudit import store
 from flataudit.errors import InputError, StoreError
+from tests.shells import environment
 
 
 @pytest.fixture
@@ -65,6 +68,53 @@ def test_a_store_that_cannot_be_made(free):
     (free / "file").touch()
     with pytest.raises(StoreError, match=r"could not open the embedded store in .*/file: "):
         store.embedded_store(free / "file")
+
+
+MAKES = """
+import sys
+import mlflow
+from flataudit.store import embedded_store, ensure_experiment
+import mlflow.store.tracking.sqlalchemy_store
+print("ready", flush=True)
+sys.stdin.readline()
+mlflow.set_tracking_uri(embedded_store(sys.argv[1]))
+print(ensure_experiment("flataudit"))
+"""
+
+
+def test_made_by_several_processes_at_once(tmp_path):
+    """All get the same whole store, with its artifacts beside it."""
+    folder = tmp_path / "store"
+    pipe = subprocess.PIPE
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", MAKES, str(folder)], stdin=pipe, stdout=pipe, stderr=pipe,
+            text=True, env=environment(), cwd=tmp_path,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for child in children:
+        assert child.stdout.readline() == "ready\n", child.communicate()
+    for child in children:  # all have imported what they need
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    said = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], said
+    assert len({out for out, _ in said}) == 1
+    assert sorted(os.listdir(folder)) == ["mlflow.db"]
+    client = mlflow.MlflowClient(store.embedded_store(folder))
+    where = (folder / "artifacts").as_uri()
+    assert client.get_experiment("0").artifact_location == f"{where}/0"
+    assert client.get_experiment_by_name("flataudit").artifact_location == f"{where}/flataudit"
+
+
+def test_a_store_made_meanwhile_is_kept(tmp_path):
+    """Another process was faster, between the look for the database and its making."""
+    client = mlflow.MlflowClient(store.embedded_store(tmp_path))
+    made = client.create_experiment("of the other")
+    store._make_database(tmp_path)
+    assert client.get_experiment_by_name("of the other").experiment_id == made
+    assert os.listdir(tmp_path) == ["mlflow.db"]
 
 
 def test_store_errors_are_one_line_without_passwords():

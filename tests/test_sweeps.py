@@ -6,9 +6,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flataudit import sweeps, tracking
+from flataudit import processes, sweeps, tracking
 from flataudit.audit_key import KEY_TAG
 from flataudit.errors import InputError
+from flataudit.keys import AUDIT_ID
 from flataudit.models.registry import resolve
 from flataudit.pipeline import Models, make_pipeline
 from flataudit.store import embedded_store, use_tracking
@@ -139,7 +140,8 @@ def audited(client):
         }
         run_id = client.create_run(experiment, tags=tags).info.run_id
         client.set_terminated(run_id, status)
-        for key, value in (("audited_at", written or at), ("verdict", verdict)):
+        shown = {"audited_at": written or at, "verdict": verdict, "policy": tracking.policy_hash()}
+        for key, value in shown.items():
             client.set_model_version_tag("fleet-a", "1", f"flataudit.{key}", value)
         return run_id
 
@@ -203,6 +205,49 @@ def test_the_run_of_a_sweep(client, fleet):
     assert table(client, run_id) == rows
 
 
+def sweep_of(client, fleet, process, flow_run=""):
+    """The run of an earlier sweep, as that process made it."""
+    run_id = sweeps.start_sweep(make_pipeline(fleet.pipeline()), flow_run)
+    client.set_tag(run_id, sweeps.PROCESS_TAG, process)
+    return run_id
+
+
+def test_runs_of_killed_sweeps_are_closed(client, fleet):
+    """By evidence alone: a process that is gone, or a flow run that Prefect knows as ended."""
+    here = processes.identity()
+    gone = " ".join([*here.split()[:3], "1"])  # the pid is taken, by a process of another start
+    elsewhere = "another-boot " + here.partition(" ")[2]
+    pipeline = make_pipeline(fleet.pipeline())
+    runs = {
+        "gone": sweep_of(client, fleet, gone),
+        "alive": sweep_of(client, fleet, here, "running"),
+        "elsewhere": sweep_of(client, fleet, elsewhere, "running"),
+        "crashed": sweep_of(client, fleet, elsewhere, "ended"),
+        "unknown": sweep_of(client, fleet, "", ""),
+    }
+    other = sweeps.start_sweep(make_pipeline(fleet.pipeline(name="other")))
+    client.set_tag(other, sweeps.PROCESS_TAG, gone)
+    audit = client.create_run(
+        client.get_experiment_by_name(tracking.EXPERIMENT).experiment_id,
+        tags={sweeps.PIPELINE_TAG: "fleet", "flataudit.model_uri": "models:/fleet-a/1",
+              sweeps.PROCESS_TAG: gone},
+    ).info.run_id  # fmt: skip
+    now = sweeps.start_sweep(pipeline, "now")
+    closed = sweeps.close_ended(pipeline, now, lambda flow_run: flow_run == "ended")
+    assert set(closed) == {runs["gone"], runs["crashed"]}
+    for run_id in (*runs.values(), other, audit, now):
+        run = client.get_run(run_id)
+        assert run.info.status == ("KILLED" if run_id in closed else "RUNNING")
+        assert run.data.tags.get(sweeps.CONTINUED_TAG) == (now if run_id in closed else None)
+
+
+def test_a_store_that_cannot_be_read_closes_nothing(client, fleet, monkeypatch):
+    pipeline = make_pipeline(fleet.pipeline())
+    run_id = sweeps.start_sweep(pipeline)
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *_, **__: 1 / 0)
+    assert sweeps.close_ended(pipeline, run_id, lambda _: True) == []
+
+
 # --- an audit whose logging broke off -----------------------------------------------------------
 
 
@@ -231,3 +276,22 @@ def test_what_broke_off_is_completed(tmp_path):
             assert sweeps.broken_off("l" * 64, source) is None
         log_report(source, report)  # by hand, since then
         assert sweeps.broken_off("k" * 64, source) is None
+
+
+def test_two_at_once_have_one_audit_id(tmp_path):
+    """Until a run of the model is logged: whoever asks for the same audit gets the same id."""
+    from tests.audited_store import log_report, make_report, pointed_at, register
+
+    with pointed_at(embedded_store(tmp_path / "store")):
+        first, second = register("net"), register("net")
+        ids = [sweeps.audit_id("k" * 64, first) for _ in range(2)]
+        assert ids[0] == ids[1]
+        others = {sweeps.audit_id("l" * 64, first), sweeps.audit_id("k" * 64, second)}
+        assert len({ids[0], *others}) == 3
+        run_id = log_report(first, make_report(), run_tags={KEY_TAG: "k" * 64})
+        later = sweeps.audit_id("k" * 64, first)
+        assert later not in ids
+        # Its logging broke off: that run's own id.
+        client = MlflowClient()
+        client.update_run(run_id, "RUNNING")
+        assert sweeps.audit_id("k" * 64, first) == client.get_run(run_id).data.tags[AUDIT_ID]

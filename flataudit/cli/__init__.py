@@ -16,7 +16,7 @@ import typer
 
 from flataudit.cli import audit, audits, compare, demo, gate, observe, run, serve, webhook
 from flataudit.errors import FlatauditError
-from flataudit.logs import listen
+from flataudit.logs import VARIABLE, listen
 
 app = typer.Typer(
     help="Audits a registered model: how much worse it will do on unseen data, and whether to"
@@ -79,5 +79,8 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    if not os.environ.get(VARIABLE):
+        # The lines of the stages reach Prefect's server all the same, but not the terminal.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     for name in ("alembic", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

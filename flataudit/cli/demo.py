@@ -14,8 +14,6 @@ def demo(
     ] = "flataudit-store",
 ) -> None:
     """Train, register and audit three small networks on real digits; compare with the truth."""
-    from flataudit.logs import stages_unsaid
     from flows.demo import run_demo
 
-    with stages_unsaid():
-        run_demo(Path(folder))
+    run_demo(Path(folder))

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from benchmarks.common.servers import dask_cluster
+from flataudit.processes import descendants
 from tests.servers import free_port, kill, mlflow_process, prefect_process
 from tests.shells import environment
 from tests.sweep_store import HEALTHY, make_fleet
@@ -25,13 +28,13 @@ def fleet():
 
 
 @contextmanager
-def running(fleet, tmp_path, api, uri=None):
+def running(fleet, tmp_path, api, uri=None, **settings):
     """`flataudit run` of the healthy models, as a process."""
     path = tmp_path / "fleet.yaml"
     path.write_text(json.dumps(fleet.pipeline(model={"name": "fleet-[ab]", "select": "all"})))
     env = environment(
         PREFECT_API_URL=api, PREFECT_HOME=str(tmp_path / "home"),
-        MLFLOW_TRACKING_URI=uri or fleet.uri,
+        MLFLOW_TRACKING_URI=uri or fleet.uri, **settings,
     )  # fmt: skip
     command = [sys.executable, "-m", "flataudit", "run", str(path), "--json", "-"]
     process = subprocess.Popen(
@@ -103,6 +106,92 @@ def test_of_the_flow(server, fleet, tmp_path, moment):
     assert before <= {run.info.run_id for run in audits(fleet)}  # what was begun is completed
     with running(fleet, tmp_path, server) as process:
         assert ended(process)["counts"] == {"audited": 0, "skipped": 3, "failed": 0}
+
+
+def sweeps_of(fleet):
+    """The runs of sweeps by id: status, and the sweep that closed it."""
+    return {
+        run.info.run_id: (run.info.status, run.data.tags.get("flataudit.continued_by"))
+        for run in runs(fleet)
+        if "flataudit.model_uri" not in run.data.tags
+    }
+
+
+def pool_workers(pid):
+    """Processes of a pool, or of a Dask worker below its nanny."""
+    return [child for child in descendants(pid) if b"spawn_main" in command_of(child)]
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""  # of a zombie too
+
+
+def wait_until_gone(pids):
+    until = time.monotonic() + PATIENCE
+    while left := [pid for pid in pids if command_of(pid)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+PROCESSES = {"FLATAUDIT_TASK_RUNNER": "processes", "FLATAUDIT_WORKERS": "2"}
+
+
+def test_of_the_flow_with_a_pool(server, fleet, tmp_path):
+    """Its workers end with it; the next sweep closes the run that it left."""
+    with running(fleet, tmp_path, server, **PROCESSES) as process:
+        wait_for(audits, fleet, process)
+        below = descendants(process.pid)
+        assert pool_workers(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until_gone(below)
+    (first,) = sweeps_of(fleet)
+    with running(fleet, tmp_path, server, **PROCESSES) as process:
+        result = ended(process)
+    assert result["counts"]["failed"] == 0
+    check_once(fleet)
+    last = result["run_id"]
+    assert sweeps_of(fleet) == {first: ("KILLED", last), last: ("FINISHED", None)}
+
+
+def test_of_a_worker_of_the_pool(server, fleet, tmp_path):
+    """It takes its pool along, and the sweep begins another: nothing fails."""
+    with running(fleet, tmp_path, server, **PROCESSES) as process:
+        wait_for(audits, fleet, process)
+        killed = pool_workers(process.pid)[0]
+        os.kill(killed, signal.SIGKILL)
+        result = ended(process)
+    assert result["counts"]["failed"] == 0
+    assert result["counts"]["audited"] + result["counts"]["skipped"] == 3
+    check_once(fleet)
+    wait_until_gone([killed])
+
+
+def test_of_a_dask_worker(server, fleet, tmp_path):
+    """Its nanny starts another, and the scheduler gives its audit to one that lives."""
+    pytest.importorskip("prefect_dask", reason="prefect-dask is not installed")
+    env = environment(
+        PREFECT_API_URL=server, PREFECT_HOME=str(tmp_path / "workers"),
+        MLFLOW_TRACKING_URI=fleet.uri,
+    )  # fmt: skip
+    address, (scheduler, *workers) = dask_cluster(tmp_path, env, 2)
+    dask = {"FLATAUDIT_TASK_RUNNER": "dask", "FLATAUDIT_DASK_ADDRESS": address}
+    try:
+        with running(fleet, tmp_path, server, **dask) as process:
+            wait_for(audits, fleet, process)
+            # The worker whose audit is being logged: it holds the forking server of the audits.
+            busy = [w for of in workers for w in pool_workers(of.process.pid) if descendants(w)]
+            os.kill(busy[0], signal.SIGKILL)
+            result = ended(process)
+        assert scheduler.running()
+    finally:
+        for child in (*workers, scheduler):
+            child.end()
+    assert result["counts"]["failed"] == 0  # killed after its verdict, an audit counts as skipped
+    assert result["counts"]["audited"] + result["counts"]["skipped"] == 3
+    check_once(fleet)
 
 
 def test_of_the_mlflow_server(server, fleet, tmp_path):
