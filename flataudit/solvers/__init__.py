@@ -9,7 +9,7 @@ error. kfac, never chosen by `auto`, states only how far off it was elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from flataudit.curvature.problem import Problem, evaluate
 from flataudit.errors import InputError, MemoryPlanError
 from flataudit.memory import available_bytes, human
 from flataudit.solvers.base import (
+    EIGENVALUE_LIMIT,
+    SPECTRUM,
     Checkpoint,
     Curvature,
     CurvatureTraces,
@@ -93,26 +95,29 @@ def select(
     plans: dict[str, int],
     available: int,
     *,
+    work: Mapping[str, float],
     affordable: bool = True,
     failed: Collection[str] = (),
 ) -> Choice:
-    """The exact solver with the smaller matrix that fits into memory, else a matrix-free one. Pure.
+    """The exact solver with less work that fits into memory, else a matrix-free one. Pure.
 
     name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver, of those
-    that come into question; available: bytes; affordable: whether sampling's work is; failed:
-    solvers that ran out of memory although the plan fitted, which `auto` passes over.
+    that come into question; available: bytes; work: operations of the exact solvers; affordable:
+    whether sampling's work is; failed: solvers that ran out of memory although the plan fitted,
+    which `auto` passes over.
 
     Raises:
         InputError: unknown solver.
         MemoryPlanError: the named solver, or with `auto` every solver, needs more than there is.
 
-    >>> select("auto", 650, 2700, {"primal": 10, "dual": 99}, 100).reason
-    'P = 650 parameters <= N = 2700 rows'
+    >>> work = {"primal": 9e9, "dual": 1.3e10}
+    >>> select("auto", 650, 2700, {"primal": 10, "dual": 99}, 100, work=work).reason
+    'P = 650 parameters, N = 2700 rows: 9e+09 operations, 1.3e+10 for dual'
     """
     check_name(name)
-    first, second = ("primal", "dual") if n_params <= n_rows else ("dual", "primal")
-    sign = "<=" if n_params <= n_rows else ">"
-    compared = f"P = {n_params} parameters {sign} N = {n_rows} rows"
+    first, second = sorted(("primal", "dual"), key=lambda each: work[each])
+    sizes = f"P = {n_params} parameters, N = {n_rows} rows"
+    compared = f"{sizes}: {work[first]:.2g} operations, {work[second]:.2g} for {second}"
     if name != "auto":
         if plans[name] > available:
             other = {"primal": "dual", "dual": "primal"}.get(name, "lanczos")
@@ -123,12 +128,13 @@ def select(
                 f" {human(plans[name])}; use {instead}fewer samples"
                 " or more memory"
             )
-        return Choice(name, f"asked for; {compared}", plans[name])
+        return Choice(name, f"asked for; {sizes}", plans[name])
     lost = "".join(f", {each} ran out of memory" for each in failed)
     if plans[first] <= available and first not in failed:
         return Choice(first, compared + lost, plans[first])
     if plans[second] <= available and second not in failed:
-        reason = f"{compared}, but {first} needs {human(plans[first])} of {human(available)}"
+        more = f"{work[second]:.2g} operations, {work[first]:.2g} for {first}"
+        reason = f"{sizes}: {more}, but {first} needs {human(plans[first])} of {human(available)}"
         return Choice(second, reason + lost, plans[second])
     needs = (
         f"an exact solver needs {human(min(plans[first], plans[second]))} of {human(available)}"
@@ -141,7 +147,7 @@ def select(
         if each == "sampling" and not affordable:
             needs += ", and sampling would take more than about an hour"
             continue
-        return Choice(each, f"{compared}; {needs}", plans[each])
+        return Choice(each, f"{sizes}; {needs}", plans[each])
     others = "".join(
         f", {each} {human(plans[each])}" for each in ("sampling", "lanczos") if each in plans
     )
@@ -171,9 +177,24 @@ def choose(name: str, problem: Problem, penalty: Penalty, failed: Collection[str
         problem.n_rows,
         plans,
         available,
+        work=exact_work(problem, penalty),
         affordable=affordable,
         failed=failed,
     )
+
+
+def exact_work(problem: Problem, penalty: Penalty) -> dict[str, float]:
+    """Floating-point operations of the exact solvers, about.
+
+    With the eigenvalues of their matrix where the smaller of the two is small enough for those: the
+    audit shows them, and searches an unknown penalty by them.
+    """
+    sides = {"primal": float(problem.n_params), "dual": float(problem.n_rows)}
+    shown = min(sides.values()) <= EIGENVALUE_LIMIT
+    return {
+        key: solver.work(problem, penalty) + (SPECTRUM * sides[key] ** 3 / 3 if shown else 0.0)
+        for key, solver in SOLVERS.items()
+    }
 
 
 def product_flops(problem: Problem) -> float:

@@ -218,9 +218,7 @@ class _Run:
         problem, operator = self.problem, self.operator
         h, k = len(chosen), self.v.shape[1]
         every = torch.arange(h, device=problem.device)
-        units = torch.zeros(
-            problem.n_samples, k, h, k, dtype=torch.float64, device=problem.device
-        )
+        units = torch.zeros(problem.n_samples, k, h, k, dtype=torch.float64, device=problem.device)
         units[chosen, :, every] = torch.eye(k, dtype=torch.float64, device=problem.device)
         right = operator.project(units.view(problem.n_rows, h * k))
         del units
