@@ -42,8 +42,13 @@ def widening(groups: int) -> float:
     return float(stats.t.ppf(0.95, groups - 1) / stats.norm.ppf(0.95))
 
 
-def uncertainty(psi: Tensor, replicates: Tensor) -> Uncertainty | None:
-    """From psi (n,) and the replicates (groups, n); None where they are not finite, or zero."""
+def uncertainty(
+    psi: Tensor, replicates: Tensor, order: Tensor | None = None
+) -> Uncertainty | None:
+    """From psi (n,) and the replicates (groups, n); None where they are not finite, or zero.
+
+    order: of refinement; by default that of the errors found here.
+    """
     groups = len(replicates)
     centre = replicates.mean(dim=0)
     bias = (groups - 1) * (centre - psi)
@@ -52,7 +57,8 @@ def uncertainty(psi: Tensor, replicates: Tensor) -> Uncertainty | None:
     own = moved.square().sum(dim=0)
     if not bool(torch.isfinite(own).all()) or gap == 0.0:
         return None
-    order = own.argsort(descending=True)
+    if order is None:
+        order = own.argsort(descending=True)
     return Uncertainty(
         order,
         _remaining(moved[:, order]).square().sum(dim=0).sqrt() / gap,
@@ -60,15 +66,18 @@ def uncertainty(psi: Tensor, replicates: Tensor) -> Uncertainty | None:
     )
 
 
-def cheapest(found: Uncertainty, tolerance: float, samples: int, columns: int) -> tuple[int, int]:
+def cheapest(
+    found: Uncertainty, tolerance: float, samples: int, columns: int, least: int = 0
+) -> tuple[int, int]:
     """(h, s) that bring error and bias below the tolerance with the fewest systems.
 
-    h samples refined, `columns` systems each; s posterior samples in all, at least `samples`.
+    h samples refined in all, `columns` systems each, at least `least`; s posterior samples in all,
+    at least `samples`.
     """
     times = torch.maximum((found.errors / tolerance).square(), found.biases / tolerance)
     wanted = (samples * times.clamp_min(1.0)).ceil()
     refined = torch.arange(len(times), device=times.device)
-    h = int((wanted + columns * refined).argmin())
+    h = least + int((wanted + columns * refined)[least:].argmin())
     return h, int(wanted[h])
 
 

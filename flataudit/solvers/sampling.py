@@ -42,7 +42,7 @@ from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.refinement import Uncertainty, cheapest, uncertainty
 from flataudit.solvers.resume import Resume, State
 
-GROUPS = 16  # of samples, each left out once by the jackknife
+GROUPS = 32  # of samples, each left out once by the jackknife
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Sampling:
 
     name: str = "sampling"
     exact: bool = False
-    tolerance: float = 0.02
+    tolerance: float = 0.01
     block: int = 64
     most: int = 2048
     residual: float = 1e-3
@@ -97,10 +97,12 @@ class _Run:
         self.counts = torch.zeros(GROUPS, dtype=torch.float64, device=device)
         self.ranks = torch.zeros(0, dtype=torch.float64, device=device)  # |g|^2 by sample
         self.tics = torch.zeros_like(self.ranks)
-        self.refined = torch.zeros(0, dtype=torch.int64, device=device)  # samples (h,)
+        self.order = torch.zeros(0, dtype=torch.int64, device=device)  # to refine, or none
+        self.refined = self.order.clone()  # samples (h,), the first of that order
         self.known = torch.zeros(0, k, k, dtype=torch.float64, device=device)  # their I - Q_i
         self.energy, self.trace_ggn = 0.0, 0.0
         self.left = 0.0  # the largest relative error that a system's residual leaves
+        self.pilot, self.planned, self.drawn = True, 0, 0  # samples to refine; systems sampled
         self.to_come = 2 * settings.block  # systems after this block, as far as is known
         self.resume = Resume(problem, penalty, work, settings)
 
@@ -130,25 +132,51 @@ class _Run:
         """Posterior samples wanted in all, and the samples of the data to refine now."""
         settings, have = self.settings, len(self.ranks)
         k = self.v.shape[1]
-        none = self.refined[:0]
-        wanted = max(settings.block, 8 * (k + 2))
-        left = settings.most - have - k * len(self.refined)
-        if have < wanted:
-            self.to_come = max(wanted - have - settings.block, 0)
-            return wanted, none
-        worst = max(self._trace_errors().values())
-        wanted = min(math.ceil(have * (worst / settings.tolerance) ** 2), have + left)
-        self.to_come = max(wanted - have - settings.block, 0)
+        least = math.ceil(max(settings.block, 8 * (k + 2)) / settings.block) * settings.block
+        left = settings.most - self.drawn - k * len(self.refined)
+        if have >= least and self.pilot:
+            self._end_pilot(left - least)
+            have = len(self.ranks)
+        wanted, refine = max(have, least), self.planned - len(self.refined)
+        if have >= least and refine <= 0:
+            worst = max(self._trace_errors().values())
+            wanted = max(math.ceil(have * (worst / settings.tolerance) ** 2), have)
+            found = self._uncertainty()
+            if found is not None:
+                self.planned, samples = cheapest(
+                    found, settings.tolerance, have, k, least=len(self.refined)
+                )
+                self.planned = self.planned if len(self.order) else 0
+                refine = self.planned - len(self.refined)
+                wanted = max(wanted, samples)
+        refine = max(0, min(refine, left // k))
+        now = min(refine, max(1, settings.block // k))
+        wanted = max(min(wanted, have + left - k * refine), have)
+        self.to_come = max((refine - now) * k + wanted - have - (0 if now else settings.block), 0)
+        start = len(self.refined)
+        return wanted, self.order[start : start + now]
+
+    def _end_pilot(self, left: int) -> None:
+        """Which samples to refine; if any, what chose them is not used again.
+
+        left: systems that may go to refinement.
+
+        A sample that looks worse than it is would be refined and one that looks better would not,
+        so that the gap would come out too small (by 0.6 +- 0.3 % over twelve runs).
+        """
+        self.pilot = False
         found = self._uncertainty()
-        if wanted <= have and found is not None:
-            refine, samples = cheapest(found, settings.tolerance, have, k)
-            now = min(refine, max(1, settings.block // k), left // k)
-            self.to_come = max(min((refine - now) * k + samples - have, left - now * k), 0)
-            if now > 0:
-                return have, found.order[:now]
-            wanted = min(samples, have + left)
-            self.to_come = max(wanted - have - settings.block, 0)
-        return wanted, none
+        k = self.v.shape[1]
+        if found is None or left < k:
+            return
+        self.planned, _ = cheapest(found, self.settings.tolerance, len(self.ranks), k)
+        self.planned = min(self.planned, left // k)
+        if not self.planned:
+            return
+        self.order = found.order
+        for name in ("gg", "ee", "counts"):
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
+        self.ranks, self.tics = self.ranks[:0], self.tics[:0]
 
     def _trace_errors(self) -> dict[str, float]:
         """Relative standard errors of the two traces, over posterior samples."""
@@ -162,7 +190,8 @@ class _Run:
     def _uncertainty(self) -> Uncertainty | None:
         """Of the leave-one-out gap; None where it is not finite."""
         parts = torch.stack([self._left_out(*self._moments(group)) for group in range(GROUPS)])
-        return uncertainty(self._left_out(*self._moments(None)), parts)
+        order = self.order if len(self.order) else None
+        return uncertainty(self._left_out(*self._moments(None)), parts, order)
 
     def _left_out(self, q: Tensor, complement: Tensor) -> Tensor:
         """l(f_i^(-i)) - l(f_i) with S_i' times the step b_i = Q_i (I - Q_i)^-1 v_i, (n,)."""
@@ -177,7 +206,7 @@ class _Run:
     def _sample(self, saved: State | None) -> None:
         """Draws a block of posterior samples and adds them to the moments."""
         settings, problem, operator = self.settings, self.problem, self.operator
-        index, first = len(self.ranks), not len(self.ranks)
+        index, first = self.drawn, not self.drawn
         generator = torch.Generator().manual_seed((self.work.seed * 1_000_003 + index) % 2**63)
         m, device = settings.block, problem.device
 
@@ -286,6 +315,7 @@ class _Run:
     def _add(self, g: Tensor, e: Tensor) -> None:
         n, k = self.v.shape
         m = g.shape[1]
+        self.drawn += m
         for group in range(GROUPS):
             for total, values in ((self.gg, g), (self.ee, e)):
                 block = values.view(n, k, m)[:, :, group::GROUPS]
@@ -349,12 +379,13 @@ class _Run:
 
     # --- checkpoints ------------------------------------------------------------------------------
 
-    TENSORS = ("gg", "ee", "counts", "ranks", "tics", "refined", "known")
+    TENSORS = ("gg", "ee", "counts", "ranks", "tics", "order", "refined", "known")
 
     def _state(self) -> State:
         numbers = [self.energy, self.trace_ggn, self.left, float(self.operator.applications)]
         return {name: getattr(self, name) for name in self.TENSORS} | {
-            "numbers": torch.tensor(numbers, dtype=torch.float64)
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+            "counters": torch.tensor([int(self.pilot), self.planned, self.drawn]),
         }
 
     def _load(self) -> State | None:
@@ -366,6 +397,8 @@ class _Run:
             setattr(self, name, saved[name].to(device))
         self.energy, self.trace_ggn, self.left, done = saved["numbers"].tolist()
         self.operator.applications = int(done)
+        pilot, self.planned, self.drawn = saved["counters"].tolist()
+        self.pilot = bool(pilot)
         return saved
 
 
