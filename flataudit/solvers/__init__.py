@@ -33,6 +33,7 @@ from flataudit.solvers.base import (
 from flataudit.solvers.dual import Dual
 from flataudit.solvers.kfac import Kfac
 from flataudit.solvers.lanczos import Lanczos
+from flataudit.solvers.operator import free_bytes, free_parameters
 from flataudit.solvers.primal import Primal
 from flataudit.solvers.sampling import Sampling
 
@@ -98,13 +99,14 @@ def select(
     work: Mapping[str, float],
     affordable: bool = True,
     failed: Collection[str] = (),
+    free: tuple[int, int] = (0, 0),
 ) -> Choice:
     """The exact solver with less work that fits into memory, else a matrix-free one. Pure.
 
     name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver, of those
     that come into question; available: bytes; work: operations of the exact solvers; affordable:
     whether sampling's work is; failed: solvers that ran out of memory although the plan fitted,
-    which `auto` passes over.
+    which `auto` passes over; free: P0 unpenalised parameters and the bytes of their N x P0 columns.
 
     Raises:
         InputError: unknown solver.
@@ -118,6 +120,14 @@ def select(
     first, second = sorted(("primal", "dual"), key=lambda each: work[each])
     sizes = f"P = {n_params} parameters, N = {n_rows} rows"
     compared = f"{sizes}: {work[first]:.2g} operations, {work[second]:.2g} for {second}"
+    n_free, columns = free
+    # Told where they are what does not fit.
+    held = (
+        f", {human(columns)} of it for the columns of {n_free} unpenalised parameters, which a"
+        " penalty on them would save"
+        if 2 * columns > available and name != "primal"
+        else ""
+    )
     if name != "auto":
         if plans[name] > available:
             other = {"primal": "dual", "dual": "primal"}.get(name, "lanczos")
@@ -125,7 +135,7 @@ def select(
             instead = f"solver={other} ({human(plans[other])}), " if fits else ""
             raise MemoryPlanError(
                 f"expected solver={name} to fit into {human(available)}, got a plan of"
-                f" {human(plans[name])}; use {instead}fewer samples"
+                f" {human(plans[name])}{held}; use {instead}fewer samples"
                 " or more memory"
             )
         return Choice(name, f"asked for; {sizes}", plans[name])
@@ -154,8 +164,8 @@ def select(
     raise MemoryPlanError(
         f"expected a solver to fit into {human(available)}, got primal"
         f" {human(plans['primal'])} for P = {n_params} and dual {human(plans['dual'])} for"
-        f" N = {n_rows}{others}{lost}; audit a random subset of the training data, or use more"
-        " memory"
+        f" N = {n_rows}{others}{lost}{held}; audit a random subset of the training data, or use"
+        " more memory"
     )
 
 
@@ -180,6 +190,7 @@ def choose(name: str, problem: Problem, penalty: Penalty, failed: Collection[str
         work=exact_work(problem, penalty),
         affordable=affordable,
         failed=failed,
+        free=(free_parameters(problem, penalty), free_bytes(problem, penalty)),
     )
 
 

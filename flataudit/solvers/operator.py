@@ -26,9 +26,10 @@ from flataudit.errors import NumericalError
 from flataudit.inputs import Inputs
 from flataudit.solvers.base import pseudo_inverse_root
 
-# Activations of one chunk with all its vectors: larger chunks were slower for convolutions, smaller
-# ones add up the parameters' gradients too often (benchmarks/matrix_free.json).
-WORKING_BYTES = 64 * 2**20
+# Activations of one chunk with all its vectors: larger chunks were slower for convolutions (beyond
+# the processor's caches, by a factor of two), smaller ones add up the parameters' gradients too
+# often (benchmarks/matrix_free.json).
+WORKING_BYTES = 16 * 2**20
 
 Tensors = dict[str, Tensor]
 
@@ -169,10 +170,12 @@ class CurvatureOperator:
             normal = torch.randn(*shape, generator=generator, dtype=torch.float64)
             return normal.to(self.problem.device)
 
-        v = drawn(self.problem.n_rows, 1)
-        u = {name: drawn(1, *self.problem.params[name].shape) for name in self.tied}
+        # Two vectors: a single one takes a way of its own.
+        v = drawn(self.problem.n_rows, 2)
+        u = {name: drawn(2, *self.problem.params[name].shape) for name in self.tied}
         try:
             pulled, pushed = self._pull_all(v, self._pull), self.push(u)
+            alone = self.push({name: t[:1] for name, t in u.items()})
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an operation without a rule for it may raise anything
@@ -182,6 +185,8 @@ class CurvatureOperator:
         for name, g in plain.items():
             if not bool(((pulled[name] - g).abs() <= tolerance * g.abs().max()).all()):
                 return f"the two reverse modes differ in {name}"
+        if not bool(((alone - pushed[:, :1]).abs() <= tolerance * pushed.abs().max()).all()):
+            return "the forward mode of one vector differs from that of several"
         rows = pushed * v
         dots = torch.stack([(plain[name] * u[name]).sum() for name in self.tied])
         size = rows.abs().sum() + dots.abs().sum()
@@ -196,6 +201,8 @@ class CurvatureOperator:
         return f
 
     def _pull_batched(self, x: Inputs, cotangents: Tensor) -> Tensors:
+        if len(cotangents) == 1:  # no vmap, whose rules cost more than they share
+            return self._pull_plain(x, cotangents)
         with _tracing():
             leaves = {name: self._fixed[name] for name in self.tied}
             pull = torch.func.vjp(self._outputs(x), leaves)[1]
@@ -211,7 +218,10 @@ class CurvatureOperator:
             return moved
 
         with _tracing():
-            pushed: Tensor = torch.func.vmap(one)(tangents)
+            if len(next(iter(tangents.values()))) == 1:
+                pushed = one({name: t[0] for name, t in tangents.items()})[None]
+            else:
+                pushed = torch.func.vmap(one)(tangents)
         return self._whitened(pushed, at)
 
     def _pull_plain(self, x: Inputs, cotangents: Tensor) -> Tensors:
@@ -287,10 +297,24 @@ class CurvatureOperator:
 
 def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> int:
     """Planned peak bytes of one product with m vectors, and of the free parameters' basis."""
-    n_free = sum(p.numel() for name, p in problem.params.items() if not bool(penalty[name].any()))
+    n_free = free_parameters(problem, penalty)
     n_tied = problem.n_params - n_free
-    vectors = 8 * problem.n_rows * (2 * m + 3 * n_free)
+    vectors = 8 * problem.n_rows * 2 * m + free_bytes(problem, penalty)
     return 3 * 8 * m * n_tied + vectors + 3 * max(WORKING_BYTES, 4 * 8 * m * n_tied)
+
+
+def free_parameters(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
+    """P0, the number of unpenalised parameters."""
+    return sum(p.numel() for name, p in problem.params.items() if not bool(penalty[name].any()))
+
+
+def free_bytes(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
+    """Planned bytes of their basis: N x P0 three times (columns or QR's work), P0 x P0 four times.
+
+    The one part of the matrix-free solvers that grows as samples times parameters.
+    """
+    n_free = free_parameters(problem, penalty)
+    return 8 * n_free * (3 * problem.n_rows + 4 * n_free)
 
 
 def activations_per_sample(problem: Problem) -> int:
@@ -316,12 +340,16 @@ def _free_basis(problem: Problem, free: list[str]) -> tuple[Tensor, float]:
     if not free:
         return torch.zeros(problem.n_rows, 0, dtype=torch.float64, device=problem.device), 0.0
     n_free = sum(problem.params[name].numel() for name in free)
-    chunks = problem.chunks(2 * problem.n_columns * n_free)
-    b0 = torch.cat([problem.rows(at, free).flatten(0, 1) for at in chunks])
+    k = problem.n_columns
+    b0 = torch.empty(problem.n_rows, n_free, dtype=torch.float64, device=problem.device)
+    for at in problem.chunks(2 * k * n_free):
+        b0[at.start * k : at.stop * k] = problem.rows(at, free).flatten(0, 1)
+    trace = float(b0.square().sum())
     basis = b0 @ pseudo_inverse_root(b0.T @ b0)
+    del b0  # before QR, which takes two arrays more
     if basis.shape[1]:
         basis = torch.linalg.qr(basis).Q
-    return basis, float(b0.square().sum())
+    return basis, trace
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

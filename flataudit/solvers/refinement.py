@@ -42,9 +42,7 @@ def widening(groups: int) -> float:
     return float(stats.t.ppf(0.95, groups - 1) / stats.norm.ppf(0.95))
 
 
-def uncertainty(
-    psi: Tensor, replicates: Tensor, order: Tensor | None = None
-) -> Uncertainty | None:
+def uncertainty(psi: Tensor, replicates: Tensor, order: Tensor | None = None) -> Uncertainty | None:
     """From psi (n,) and the replicates (groups, n); None where they are not finite, or zero.
 
     order: of refinement; by default that of the errors found here.

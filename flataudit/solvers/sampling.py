@@ -342,7 +342,7 @@ class _Run:
         notes = []
         errors, found = self._trace_errors(), self._uncertainty()
         if found is not None:
-            errors["leave-one-out gap"] = found.now
+            errors["leave-one-out gap"] = found.now  # its bias included
         for name, share in errors.items():
             if share > 1.001 * self.settings.tolerance:
                 notes.append(

@@ -105,6 +105,30 @@ def test_nothing_fits():
         select("sampling", 30, 40, FOUR, 4 * GB, work=EQUAL)
 
 
+def test_free_columns_that_do_not_fit_are_named():
+    with pytest.raises(MemoryPlanError) as caught:
+        select("auto", 30, 40, FOUR, 2 * GB, work=EQUAL, free=(7, 3 * GB))
+    assert "3 GB of it for the columns of 7 unpenalised parameters" in str(caught.value)
+    with pytest.raises(MemoryPlanError, match="columns of 7 unpenalised parameters"):
+        select("lanczos", 30, 40, FOUR, 2 * GB, work=EQUAL, free=(7, 3 * GB))
+    with pytest.raises(MemoryPlanError) as caught:
+        select("auto", 30, 40, FOUR, 2 * GB, work=EQUAL, free=(7, GB // 10))
+    assert "unpenalised" not in str(caught.value)
+
+
+def test_plans_of_the_matrix_free_count_the_free_columns():
+    """N x P0, as often as it is held, beyond the plan without them."""
+    built = build(BY_NAME["mlp_tanh_wide"], copies=40)
+    problem = built.problem
+    first = next(iter(problem.params))
+    penalty = built.penalty | {first: torch.zeros_like(built.penalty[first])}
+    columns = problem.params[first].numel()
+    for name in ("sampling", "lanczos"):
+        plan = solvers.MATRIX_FREE[name].plan
+        more = plan(problem, penalty) - plan(problem, built.penalty)
+        assert more >= 2 * 8 * problem.n_rows * columns
+
+
 def test_choose_goes_beyond_the_exact_sizes(monkeypatch):
     """Memory for a few vectors, not for a matrix; sampling where its work is affordable."""
     built = build(BY_NAME["mlp_tanh_wide"])
