@@ -198,8 +198,8 @@ class _Dense:
         self.free_basis = matrix.new_zeros(len(matrix), 0)
         self.free_rank, self.trace_free = 0, 0.0
         self.problem = problem
-        # Its noise alone is asked for, as many numbers as there are rows.
-        self.tied = [max(problem.params, key=lambda name: problem.params[name].numel())]
+        # Only noise is drawn by their shapes, of which as many numbers serve as there are rows.
+        self.tied = list(problem.params)
 
     @classmethod
     def of(cls, problem, value: float):  # type: ignore[no-untyped-def]
@@ -220,7 +220,10 @@ class _Dense:
         return v
 
     def half(self, u):  # type: ignore[no-untyped-def]
-        return self.root @ u[self.tied[0]].flatten(1)[:, : len(self.root)].T
+        import torch
+
+        noise = torch.cat([u[name].flatten(1) for name in self.tied], dim=1)
+        return self.root @ noise[:, : len(self.root)].T
 
     def pull(self, v):  # type: ignore[no-untyped-def]
         return {"nothing": v[:1] * 0.0}  # tr(G), which is not looked at here

@@ -67,13 +67,7 @@ def main() -> None:
                 if not fingerprint:
                     fingerprint = _fingerprint(load(case, given.data, Path(weights)).model)
                 there = [r for r in result["rows"] if (r["case"], r["method"]) == (case, method)]
-                # What was not finished has no values that other weights would change.
-                if (
-                    there
-                    and not given.again
-                    and there[0].get("weights", "")
-                    in (fingerprint, *([""] if there[0]["status"] != "done" else []))
-                ):
+                if there and not given.again and _holds(there[0], fingerprint):
                     continue
                 row = {
                     "case": case,
@@ -106,6 +100,11 @@ def _fingerprint(model: torch.nn.Module) -> str:
     for t in model.state_dict().values():
         sha.update(t.contiguous().numpy().tobytes())
     return sha.hexdigest()[:12]
+
+
+def _holds(row: dict[str, Any], fingerprint: str) -> bool:
+    """Whether a row stands: one that was not finished has no values that weights would change."""
+    return row["status"] != "done" or row.get("weights") == fingerprint
 
 
 def _installed(distribution: str) -> bool:

@@ -63,9 +63,9 @@ NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
 # per sample, rather than the two traces alone: about an hour at 3e10/s on a processor's core and
 # at 3e13/s on a graphics card.
 AFFORDABLE = {"cpu": 1e14, "cuda": 1e17}
-# Products with the operator that sampling takes: samples times iterations, as measured
-# (benchmarks/matrix_free.json).
-SAMPLING_PRODUCTS = 5000
+# Products with the operator that sampling takes: systems times iterations, as measured at penalties
+# of 1e-2 and 1e-3 (benchmarks/matrix_free.json); at 1e-4 it can be three times as many.
+SAMPLING_PRODUCTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class _Run:
         left: systems that may go to refinement.
 
         A sample that looks worse than it is would be refined and one that looks better would not,
-        so that the gap would come out too small (by 0.6 +- 0.3 % over twelve runs).
+        so that the gap would come out too small (by 0.6 +- 0.3 % over twelve runs, decision 7).
         """
         self.pilot = False
         found = self._uncertainty()
