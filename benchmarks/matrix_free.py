@@ -259,7 +259,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
                 loss = torch.nn.functional.cross_entropy(model(x[at : at + 100]), y[at : at + 100])
                 loss.backward()
 
-        for m in (1, 8, 32, 64):
+        for m in (1, 8, 32):
             v = torch.randn(problem.n_rows, m, dtype=torch.float64)
             row: dict[str, object] = {"network": name, "vectors": m}
             reference = None
@@ -284,9 +284,10 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def seconds(f) -> float:  # type: ignore[no-untyped-def]
-    started = time.perf_counter()
+    """CPU-seconds, which other work on the machine changes least."""
+    started = time.process_time()
     f()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def memory(given: argparse.Namespace) -> list[dict[str, object]]:

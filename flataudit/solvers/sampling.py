@@ -346,8 +346,8 @@ class _Run:
         for name, share in errors.items():
             if share > 1.001 * self.settings.tolerance:
                 notes.append(
-                    f"the {name} has a standard error of {share:.1%}, where"
-                    f" {self.settings.tolerance:.1%} was asked for"
+                    f"the {name} has a standard error of {share:.2%}, where"
+                    f" {self.settings.tolerance:.2%} was asked for"
                 )
         if self.operator.reason:
             notes.append(f"derivatives {self.operator.reason}")

@@ -161,7 +161,7 @@ def test_samples_are_unbiased(case):
         (estimates.measure_soft_rank(found), float(exact.leverage.mean())),
         (estimates.measure_tic(found, v), float(exact.tic.mean())),
     ):
-        # the jackknife of 16 groups alone would be too rough for so many cases
+        # the jackknife of 32 groups alone would be too rough for so many cases
         error = max(measured.monte_carlo_se, wanted * math.sqrt(2 / 300) / 3)
         assert abs(measured.gap - wanted) <= SAMPLING * error
         assert measured.psi.shape == (problem.n_samples,)
