@@ -194,10 +194,10 @@ class _Dense:
     """The operator's interface over a matrix that is already there, without free parameters."""
 
     def __init__(self, problem, matrix, root) -> None:  # type: ignore[no-untyped-def]
+        from flataudit.solvers.free import Held
+
         self.matrix, self.root, self.applications, self.reason = matrix, root, 0, None
-        self.free_basis = matrix.new_zeros(len(matrix), 0)
-        self.free_rank, self.trace_free = 0, 0.0
-        self.problem = problem
+        self.free, self.problem = Held(problem, []), problem
         # Only noise is drawn by their shapes, of which as many numbers serve as there are rows.
         self.tied = list(problem.params)
 

@@ -31,9 +31,9 @@ from flataudit.solvers.base import (
     Work,
 )
 from flataudit.solvers.dual import Dual
+from flataudit.solvers.free import free_bytes, free_parameters
 from flataudit.solvers.kfac import Kfac
 from flataudit.solvers.lanczos import Lanczos
-from flataudit.solvers.operator import free_bytes, free_parameters
 from flataudit.solvers.primal import Primal
 from flataudit.solvers.sampling import Sampling
 
@@ -123,7 +123,7 @@ def select(
     n_free, columns = free
     # Told where they are what does not fit.
     held = (
-        f", {human(columns)} of it for the columns of {n_free} unpenalised parameters, which a"
+        f", {human(columns)} of it for {n_free} unpenalised parameters, which a"
         " penalty on them would save"
         if 2 * columns > available and name != "primal"
         else ""

@@ -354,7 +354,7 @@ class _Run:
         return FunctionalVariance(
             *self._moments(None),
             mean_gradient=self.energy / self.problem.n_samples,
-            trace_ggn=self.trace_ggn + self.operator.trace_free,
+            trace_ggn=self.trace_ggn + self.operator.free.trace,
             sampled=True,
             replicates=tuple(
                 FunctionalVariance(
