@@ -9,6 +9,7 @@ s^-1/2 and the bias as 1/s.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +66,29 @@ def uncertainty(psi: Tensor, replicates: Tensor, order: Tensor | None = None) ->
 
 
 def cheapest(
-    found: Uncertainty, tolerance: float, samples: int, columns: int, least: int = 0
+    found: Uncertainty, tolerance: float, samples: int, columns: int, among: range | None = None
 ) -> tuple[int, int]:
     """(h, s) that bring error and bias below the tolerance with the fewest systems.
 
-    h samples refined in all, `columns` systems each, at least `least`; s posterior samples in all,
-    at least `samples`.
+    h samples refined in all, `columns` systems each, `among` those numbers; s posterior samples in
+    all, at least `samples`.
     """
     times = torch.maximum((found.errors / tolerance).square(), found.biases / tolerance)
     wanted = (samples * times.clamp_min(1.0)).ceil()
     refined = torch.arange(len(times), device=times.device)
-    h = least + int((wanted + columns * refined)[least:].argmin())
+    among = among or range(len(times))
+    h = among.start + int((wanted + columns * refined)[among.start : among.stop].argmin())
     return h, int(wanted[h])
+
+
+def largest_ratio(numerator: Tensor, denominator: Tensor) -> float:
+    """The largest eigenvalue of denominator^-1 numerator over a batch of symmetric matrices."""
+    lower, info = torch.linalg.cholesky_ex(denominator)
+    if bool((info != 0).any()):
+        return math.inf
+    half = torch.linalg.solve_triangular(lower, numerator, upper=False)
+    whole = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    return float(torch.linalg.eigvalsh(whole).max())
 
 
 def _remaining(values: Tensor) -> Tensor:

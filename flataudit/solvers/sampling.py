@@ -39,7 +39,7 @@ from flataudit.errors import NumericalError
 from flataudit.solvers.base import FunctionalVariance, Penalty, Work
 from flataudit.solvers.conjugate import block_cg
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
-from flataudit.solvers.refinement import Uncertainty, cheapest, uncertainty
+from flataudit.solvers.refinement import Uncertainty, cheapest, largest_ratio, uncertainty
 from flataudit.solvers.resume import Resume, State
 
 GROUPS = 32  # of samples, each left out once by the jackknife
@@ -143,10 +143,8 @@ class _Run:
             wanted = max(math.ceil(have * (worst / settings.tolerance) ** 2), have)
             found = self._uncertainty()
             if found is not None:
-                self.planned, samples = cheapest(
-                    found, settings.tolerance, have, k, least=len(self.refined)
-                )
-                self.planned = self.planned if len(self.order) else 0
+                among = range(len(self.refined), len(self.order) + 1)
+                self.planned, samples = cheapest(found, settings.tolerance, have, k, among)
                 refine = self.planned - len(self.refined)
                 wanted = max(wanted, samples)
         refine = max(0, min(refine, left // k))
@@ -259,14 +257,14 @@ class _Run:
         def relative(x: Tensor, residuals: Tensor) -> float:
             """The largest eigenvalue of r'r relative to I - Q_i as it stands."""
             parts = residuals.view(-1, h, k)
-            return _largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), _symmetric(own(x)))
+            return largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), _symmetric(own(x)))
 
         x, residuals = self._solve(right, relative, {"chosen": chosen}, saved)
         x = operator.project(x)
         cross = torch.einsum("ahk,ahl->hkl", x.view(-1, h, k), residuals.view(-1, h, k))
         known = _symmetric(own(x) + cross)
         parts = residuals.view(-1, h, k)
-        self._check(_largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), known))
+        self._check(largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), known))
         self.refined = torch.cat([self.refined, chosen])
         self.known = torch.cat([self.known, known])
 
@@ -400,16 +398,6 @@ class _Run:
         pilot, self.planned, self.drawn = saved["counters"].tolist()
         self.pilot = bool(pilot)
         return saved
-
-
-def _largest_ratio(numerator: Tensor, denominator: Tensor) -> float:
-    """The largest eigenvalue of denominator^-1 numerator over a batch of symmetric matrices."""
-    lower, info = torch.linalg.cholesky_ex(denominator)
-    if bool((info != 0).any()):
-        return math.inf
-    half = torch.linalg.solve_triangular(lower, numerator, upper=False)
-    whole = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return float(torch.linalg.eigvalsh(whole).max())
 
 
 def _symmetric(blocks: Tensor) -> Tensor:

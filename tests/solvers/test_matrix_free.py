@@ -15,8 +15,9 @@ from flataudit.errors import InputError, NumericalError
 from flataudit.solvers import MATRIX_FREE, SOLVERS, Work
 from flataudit.solvers.lanczos import Lanczos
 from flataudit.solvers.operator import CurvatureOperator
+from flataudit.solvers.refinement import largest_ratio
 from flataudit.solvers.resume import problem_key
-from flataudit.solvers.sampling import Sampling, _largest_ratio, _Run
+from flataudit.solvers.sampling import Sampling, _Run
 from tests.case import Case, constant
 from tests.cases import BY_NAME, CASES, build
 from tests.dense import dense
@@ -230,7 +231,7 @@ def test_refined_samples_are_exact(free):
     found = run.result()
     assert 0 < len(run.refined) < problem.n_samples
     wanted = exact.complement[run.refined]
-    error = _largest_ratio((found.complement[run.refined] - wanted).abs(), wanted)
+    error = largest_ratio((found.complement[run.refined] - wanted).abs(), wanted)
     assert error <= 0.01
     torch.testing.assert_close(
         found.q[run.refined], torch.eye(4).double() - found.complement[run.refined]

@@ -75,7 +75,10 @@ def test_cheapest_weighs_samples_against_refinement():
     tolerance = 1.1 * float(found.errors[1])
     h, s = cheapest(found, tolerance, samples, columns=9)
     assert (h, s) == (1, samples)  # one large error: nine systems
-    assert cheapest(found, tolerance, samples, columns=9, least=3)[0] == 3
+    assert cheapest(found, tolerance, samples, columns=9, among=range(3, N + 1))[0] == 3
+    h, s = cheapest(found, tolerance, samples, columns=9, among=range(1))
+    assert h == 0  # none may be refined: many more samples
+    assert s > 10 * samples
     even = uncertainty(*sampled(torch.ones(N).double()))
     h, s = cheapest(even, 0.9 * float(even.errors[0]), samples, columns=1000)
     assert h == 0  # even errors, dear refinement: more samples
