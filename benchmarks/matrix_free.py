@@ -1,19 +1,21 @@
 """How exact are the matrix-free solvers, and what does a product with their operator cost?
 
-Networks trained on Fashion-MNIST (those of exact_audit.py), n = 500, against the exact dual solver:
+Networks trained on Fashion-MNIST against the exact dual solver, at penalties 1e-2, 1e-3 and 1e-4:
 
-accuracy   lanczos on the MLP and LeNet at penalties 1e-2, 1e-3 and 1e-4, over seeds: the error, the
-           stated error (1.96 standard errors of the probes plus the truncation), and how often the
-           former lies inside. Here the operator is the Gram matrix, formed once: the numbers are
-           the same to rounding and only the probes' statistics are studied.
-sampling   soft rank, TIC and leave-one-out of the sampling solver with the real operator.
+accuracy   lanczos over seeds: the error, the stated error (1.96 standard errors of the probes plus
+           the truncation), and how often the former lies inside.
+sampling   soft rank, TIC and leave-one-out of the sampling solver over seeds, with their stated
+           standard errors.
 products   one product per vector in units of a forward and backward pass over the same data, for
            blocks of vectors, and the same with float32 arithmetic together with its error.
 memory     peak of a block of products above the process before it, against chunk size, n and P.
 
-    python benchmarks/matrix_free.py [--data FOLDER] [--seeds 10] [--part PART]
+    python benchmarks/matrix_free.py [--data FOLDER] [--seeds 10] [--part PART ...]
+        [--cases CASE ...] [--operator matrix|product]
 
-Writes benchmarks/matrix_free.json, part by part.
+accuracy and sampling can do their products with the Gram matrix, formed once (n = 500): the same to
+rounding, and only the solvers' statistics are studied. `--operator product` goes through the
+network. Writes benchmarks/matrix_free.json, part by part, case by case.
 """
 
 from __future__ import annotations
@@ -24,43 +26,85 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from exact_audit import DATA, fashion_mnist, machine, train
 
 HERE = Path(__file__).parent
 OUTPUT = HERE / "matrix_free.json"
-NETWORKS = ("mlp", "lenet")
+CASES = {  # network, n
+    "mlp-500": ("mlp", 500),
+    "lenet-500": ("lenet", 500),
+    "logistic-500": ("logistic", 500),
+    "transformer-500": ("transformer", 500),
+    "mlp-2000": ("mlp", 2000),
+    "logistic-2000": ("logistic", 2000),
+}
+QUICK = ["mlp-500", "lenet-500", "logistic-500", "transformer-500"]
 PENALTIES = (1e-2, 1e-3, 1e-4)
 N = 500
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--data", type=Path, default=DATA)
-    arguments.add_argument("--seeds", type=int, default=10, help="per network and penalty")
-    arguments.add_argument("--sampling-seeds", type=int, default=1, help="per penalty")
-    arguments.add_argument("--part", choices=sorted(PARTS), action="append")
+    arguments.add_argument("--seeds", type=int, default=10, help="per case and penalty")
+    arguments.add_argument("--part", choices=sorted(PARTS), nargs="+", default=list(PARTS))
+    arguments.add_argument("--cases", choices=list(CASES), nargs="+", default=QUICK)
+    arguments.add_argument("--penalties", type=float, nargs="+", default=list(PENALTIES))
+    arguments.add_argument("--operator", choices=["matrix", "product"], default="matrix")
     arguments.add_argument("--memory-case", nargs=3, type=int, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.memory_case:
         print(json.dumps(memory_case(*given.memory_case)))
         return
-    for part in given.part or list(PARTS):
-        found = PARTS[part](given)
-        stored = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-        stored |= {"machine": machine(), part: found}
-        OUTPUT.write_text(json.dumps(stored, indent=1) + "\n")
+    for part in given.part:
+        if part in ("accuracy", "sampling"):
+            for case in given.cases:
+                for value in given.penalties:
+                    runs = studied(part, case, value, given)
+                    store(part, lambda old, runs=runs: summarised([
+                        *(r for r in old.get("runs", []) if not same(r, runs[0])), *runs
+                    ]))  # fmt: skip
+        else:
+            found = PARTS[part](given)
+            store(part, lambda old, found=found: found)
+
+
+def store(part: str, change: Callable) -> None:  # type: ignore[type-arg]
+    """The part's entry in the JSON, replaced by `change` of it."""
+    stored = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+    stored |= {"machine": machine(), part: change(stored.get(part, {}))}
+    OUTPUT.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def same(run: dict[str, object], other: dict[str, object]) -> bool:
+    return all(run.get(key) == other[key] for key in ("case", "penalty", "operator"))
 
 
 def problem_of(name: str, folder: Path, n: int = N):  # type: ignore[no-untyped-def]
     """The fitted network's problem."""
+    import torch
+
+    from benchmarks.common import cases
     from flataudit.curvature.problem import make_problem
     from flataudit.families import Categorical
 
     x, y = fashion_mnist(folder, n)
-    model, _ = train(name, x, y)
+    if name in ("logistic", "transformer"):
+        torch.manual_seed(0)
+        build, epochs = {"logistic": (cases.logistic, 20), "transformer": (cases.Transformer, 40)}[
+            name
+        ]
+        model = build().float()
+        cases.fit(model, x.float(), y, epochs)
+    else:
+        model, _ = train(name, x, y)
     return make_problem(model.double().eval(), x, y, Categorical())
 
 
@@ -70,121 +114,123 @@ def constant(problem, value: float):  # type: ignore[no-untyped-def]
     return {name: torch.full_like(p.detach(), value) for name, p in problem.params.items()}
 
 
-def accuracy(given: argparse.Namespace) -> dict[str, object]:
-    """lanczos over seeds."""
-    import torch
-
+def studied(part: str, case: str, value: float, given: argparse.Namespace) -> list[dict]:  # type: ignore[type-arg]
+    """Runs of one solver on one case at one penalty, over seeds, beside the exact values."""
     from flataudit import estimates
-    from flataudit.curvature.gram import gram
-    from flataudit.solvers import SOLVERS, Work
-    from flataudit.solvers.lanczos import Lanczos, _Run
+    from flataudit.solvers import MATRIX_FREE, SOLVERS, Work
+    from flataudit.solvers import lanczos as by_lanczos
+    from flataudit.solvers import sampling as by_sampling
+    from flataudit.solvers.operator import CurvatureOperator
 
-    rows, runs = [], []
-    for name in NETWORKS:
-        problem = problem_of(name, given.data)
-        v = problem.factor.residual
-        matrix = gram(problem, constant(problem, 1.0)).matrix
-        matrix = matrix.triu() + matrix.triu(1).T
-        for value in PENALTIES:
-            penalty = constant(problem, value)
-            found = SOLVERS["dual"].solve(problem, penalty)
-            exact = {
-                "soft_rank": float(estimates.soft_rank(found).sum()),
-                "tic": float(estimates.tic(found, v).sum()),
-            }
-            here = []
-            for seed in range(given.seeds):
-                operator = _Dense(problem, matrix / value)
-                solver = Lanczos()
-                traces = _Run(solver, problem, operator, penalty, Work(seed=seed)).result()
-                run = {"network": name, "penalty": value, "seed": seed,
-                       "products": operator.applications}  # fmt: skip
-                for quantity in exact:
-                    trace = getattr(traces, quantity)
-                    error = trace.value - exact[quantity]
-                    stated = 1.96 * trace.monte_carlo_se + trace.truncation
-                    run[quantity] = {
-                        "error": error / exact[quantity],
-                        "stated": stated / exact[quantity],
-                        "monte_carlo_se": trace.monte_carlo_se / exact[quantity],
-                        "truncation": trace.truncation / exact[quantity],
-                        "inside": abs(error) <= stated,
-                    }
-                here.append(run)
-            runs += here
-            row = {"network": name, "penalty": value, "exact": exact,
-                   "mean_products": sum(r["products"] for r in here) / len(here)}  # fmt: skip
-            for quantity in exact:
-                errors = torch.tensor([r[quantity]["error"] for r in here])
-                row[quantity] = {
-                    "largest_error": float(errors.abs().max()),
-                    "mean_error": float(errors.mean()),
-                    "rms_error": float(errors.square().mean().sqrt()),
-                    "inside": sum(r[quantity]["inside"] for r in here),
-                }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    total = len(runs)
-    summary = {
-        quantity: {
-            "runs": total,
-            "inside": sum(r[quantity]["inside"] for r in runs),
-            "within_1_percent": sum(abs(r[quantity]["error"]) <= 0.01 for r in runs),
-        }
-        for quantity in ("soft_rank", "tic")
+    problem = problem_of(*CASES[case][:1], given.data, CASES[case][1])
+    v = problem.factor.residual
+    penalty = constant(problem, value)
+    exact = SOLVERS["dual"].solve(problem, penalty)
+    measures = {
+        "soft_rank": estimates.measure_soft_rank,
+        "tic": lambda c: estimates.measure_tic(c, v),
     }
-    print(json.dumps(summary), flush=True)
-    return {"n": N, "seeds": given.seeds, "summary": summary, "cases": rows, "runs": runs}
+    if part == "sampling":
+        measures["loo"] = lambda c: _loo(c, v, problem, problem.y)
+    wanted = {name: measure(exact).gap for name, measure in measures.items()}
+    make: Callable[[], object] = lambda: CurvatureOperator(problem, penalty)  # noqa: E731
+    if given.operator == "matrix":
+        dense = _Dense.of(problem, value)
+        make = dense.again
+    module = by_lanczos if part == "accuracy" else by_sampling
+    solver = MATRIX_FREE["lanczos" if part == "accuracy" else "sampling"]
+    runs = []
+    for seed in range(given.seeds):
+        operator = make()
+        started = time.process_time()
+        run = module._Run(solver, problem, operator, penalty, Work(seed=seed))
+        found = run.result()
+        row: dict[str, object] = {
+            "case": case, "penalty": value, "operator": given.operator, "seed": seed,
+            "products": operator.applications, "cpu_seconds": time.process_time() - started,
+        }  # fmt: skip
+        if part == "sampling":
+            row |= {"samples": len(run.ranks), "refined": len(run.refined)}
+        for name, measure in measures.items():
+            got = measure(found)
+            error = got.gap / wanted[name] - 1.0
+            probes = got.monte_carlo_se / wanted[name]
+            truncation = (got.truncation or 0.0) / wanted[name]
+            stated = 1.96 * probes + truncation
+            row[name] = {"exact": wanted[name], "error": error, "stated": stated,
+                         "monte_carlo_se": probes, "truncation": truncation,
+                         "inside": abs(error) <= stated}  # fmt: skip
+        runs.append(row)
+        print(json.dumps(row), flush=True)
+    return runs
+
+
+def summarised(runs: list[dict]) -> dict[str, object]:  # type: ignore[type-arg]
+    """Runs with a line per case and penalty and a total, by quantity."""
+    names = [name for name in ("soft_rank", "tic", "loo") if name in runs[0]]
+    keys = sorted({(list(CASES).index(r["case"]), -r["penalty"], r["operator"]) for r in runs})
+    rows = []
+    for at, value, operator in keys:
+        key = {"case": list(CASES)[at], "penalty": -value, "operator": operator}
+        rows.append(key | _summary([r for r in runs if same(r, key)], names))
+    return {"total": _summary(runs, names), "cases": rows, "runs": runs}
+
+
+def _summary(runs: list[dict], names: list[str]) -> dict[str, object]:  # type: ignore[type-arg]
+    row: dict[str, object] = {
+        "runs": len(runs), "mean_products": sum(r["products"] for r in runs) / len(runs)
+    }  # fmt: skip
+    for name in names:
+        errors = [r[name]["error"] for r in runs]
+        row[name] = {
+            "largest_error": max(abs(e) for e in errors),
+            "mean_error": sum(errors) / len(errors),
+            "inside": sum(r[name]["inside"] for r in runs),
+        }
+    return row
 
 
 class _Dense:
-    """The operator's interface over a matrix that is already there."""
+    """The operator's interface over a matrix that is already there, without free parameters."""
 
-    def __init__(self, problem, matrix) -> None:  # type: ignore[no-untyped-def]
-        self.matrix, self.applications, self.reason = matrix, 0, None
-        self.free_basis = matrix.new_zeros(len(matrix), 0)
-        self.free_rank, self.trace_free, self.tied = 0, 0.0, []
-        self.problem = problem
+    def __init__(self, problem, matrix, root) -> None:  # type: ignore[no-untyped-def]
+        from flataudit.solvers.free import Held
+
+        self.matrix, self.root, self.applications, self.reason = matrix, root, 0, None
+        self.free, self.problem = Held(problem, []), problem
+        # Only noise is drawn by their shapes, of which as many numbers serve as there are rows.
+        self.tied = list(problem.params)
+
+    @classmethod
+    def of(cls, problem, value: float):  # type: ignore[no-untyped-def]
+        import torch
+
+        from flataudit.curvature.gram import gram
+
+        matrix = gram(problem, constant(problem, value)).matrix
+        matrix = matrix.triu() + matrix.triu(1).T
+        nudged = matrix.clone()
+        nudged.diagonal().add_(1e-9 * float(matrix.diagonal().mean()))
+        return cls(problem, matrix, torch.linalg.cholesky(nudged))
+
+    def again(self) -> _Dense:
+        return _Dense(self.problem, self.matrix, self.root)
 
     def project(self, v):  # type: ignore[no-untyped-def]
         return v
 
+    def half(self, u):  # type: ignore[no-untyped-def]
+        import torch
+
+        noise = torch.cat([u[name].flatten(1) for name in self.tied], dim=1)
+        return self.root @ noise[:, : len(self.root)].T
+
+    def pull(self, v):  # type: ignore[no-untyped-def]
+        return {"nothing": v[:1] * 0.0}  # tr(G), which is not looked at here
+
     def __call__(self, v):  # type: ignore[no-untyped-def]
         self.applications += v.shape[1]
         return self.matrix @ v
-
-
-def sampling(given: argparse.Namespace) -> list[dict[str, object]]:
-    """The sampling solver against exact values, with the real operator (the MLP)."""
-    from flataudit import estimates
-    from flataudit.solvers import SOLVERS, Work
-    from flataudit.solvers.sampling import Sampling
-
-    rows = []
-    problem = problem_of("mlp", given.data)
-    v, y = problem.factor.residual, problem.y
-    for value in PENALTIES:
-        penalty = constant(problem, value)
-        exact = SOLVERS["dual"].solve(problem, penalty)
-        for seed in range(given.sampling_seeds):
-            products: list[int] = []
-            found = Sampling().solve(
-                problem, penalty, Work(seed=seed, tick=lambda a, b, to=products: to.append(a))
-            )
-            row: dict[str, object] = {"network": "mlp", "penalty": value, "seed": seed,
-                                      "products": products[-1],
-                                      "truncation": found.truncation}  # fmt: skip
-            for name, each in {
-                "soft_rank": estimates.measure_soft_rank,
-                "tic": lambda c: estimates.measure_tic(c, v),
-                "loo": lambda c: _loo(c, v, problem, y),
-            }.items():
-                got, wanted = each(found), each(exact)
-                row[name] = {"error": got.gap / wanted.gap - 1.0,
-                             "monte_carlo_se": got.monte_carlo_se / wanted.gap}  # fmt: skip
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
 
 
 def _loo(curvature, v, problem, y):  # type: ignore[no-untyped-def]
@@ -202,7 +248,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
     from flataudit.solvers.operator import CurvatureOperator
 
     rows = []
-    for name in NETWORKS:
+    for name in ("mlp", "lenet"):
         problem = problem_of(name, given.data)
         penalty = constant(problem, 1e-3)
         model, x, y = problem.model, problem.x.parts[0], problem.y
@@ -213,7 +259,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
                 loss = torch.nn.functional.cross_entropy(model(x[at : at + 100]), y[at : at + 100])
                 loss.backward()
 
-        for m in (1, 8, 32, 64):
+        for m in (1, 8, 32):
             v = torch.randn(problem.n_rows, m, dtype=torch.float64)
             row: dict[str, object] = {"network": name, "vectors": m}
             reference = None
@@ -238,9 +284,10 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def seconds(f) -> float:  # type: ignore[no-untyped-def]
-    started = time.perf_counter()
+    """CPU-seconds, which other work on the machine changes least."""
+    started = time.process_time()
     f()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def memory(given: argparse.Namespace) -> list[dict[str, object]]:
@@ -289,7 +336,7 @@ def status_kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-PARTS = {"accuracy": accuracy, "sampling": sampling, "products": products, "memory": memory}
+PARTS = {"accuracy": None, "sampling": None, "products": products, "memory": memory}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Each measurement runs in a process of its own, with the same weights, penalty, float64 and threads,
 and is ended at 300 CPU-seconds or 16 GB: 'not finished' is a result. Rows are written one by one to
-benchmarks/peers.json; what is there already is not measured again without --again. Fashion-MNIST's
+benchmarks/peers.json; what is there already, of the same weights, is not measured again without
+--again. Networks are trained once and kept in the folder of --weights. Fashion-MNIST's
 idx files are read from FOLDER (Debian: `apt-get install dataset-fashion-mnist`).
 docs/performance.md reads the result; `python benchmarks/performance_page.py` renders its tables.
 """
@@ -13,6 +14,7 @@ docs/performance.md reads the result; `python benchmarks/performance_page.py` re
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=PUBLISHED)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--weights", type=Path, help="keeps the trained networks between runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
@@ -52,22 +55,24 @@ def main() -> None:
         # Not an error: `make bench` goes on to the next benchmark.
         print("The rows there are from another machine or other versions; measure with --again.")
         return
-    with tempfile.TemporaryDirectory() as weights:
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = str(given.weights or temporary)
+        Path(weights).mkdir(parents=True, exist_ok=True)
         for case in given.cases:
-            trained = False
+            fingerprint = ""
             for method in given.methods:
                 if not _installed(METHODS[method].library):
                     print(f"{case:16} {method:18} not installed: pip install -e '.[peers]'")
                     continue
+                if not fingerprint:
+                    fingerprint = _fingerprint(load(case, given.data, Path(weights)).model)
                 there = [r for r in result["rows"] if (r["case"], r["method"]) == (case, method)]
-                if there and not given.again:
+                if there and not given.again and _holds(there[0], fingerprint):
                     continue
-                if not trained:
-                    load(case, given.data, Path(weights))
-                    trained = True
                 row = {
                     "case": case,
                     "method": method,
+                    "weights": fingerprint,
                     **measure(
                         [case, method, str(given.data), weights],
                         threads=given.threads,
@@ -87,6 +92,19 @@ def main() -> None:
                 }
                 given.out.write_text(json.dumps(result, indent=1) + "\n")
                 print(_line(row), flush=True)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Of the trained weights: rows of one case compare only where it is the same."""
+    sha = hashlib.sha256()
+    for t in model.state_dict().values():
+        sha.update(t.contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+def _holds(row: dict[str, Any], fingerprint: str) -> bool:
+    """Whether a row stands: one that was not finished has no values that weights would change."""
+    return row["status"] != "done" or row.get("weights") == fingerprint
 
 
 def _installed(distribution: str) -> bool:

@@ -5,6 +5,8 @@
 exact     the dual solver (Gram, Cholesky, inverse, all three estimates) against one Cholesky of the
           same size N = n (K - 1), over n, over P (width of the MLP) and over K; the primal solver
           against a Cholesky of size P, over P.
+choice    both exact solvers on logistic regressions, CPU time beside the operations each counts
+          before it starts (`solver.work`), by which `auto` chooses, on both sides of the crossover.
 product   one product of the matrix-free operator with one vector, in blocks of 8, against one
           forward and backward pass over the same data, over n and over P.
 
@@ -19,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,14 @@ SERIES: dict[str, tuple[str, str, list[tuple[int, int, int]]]] = {
     "dual-p": ("dual", "n_params", [(250, h, 10) for h in (25, 100, 400, 1600)]),
     "dual-k": ("dual", "n_rows", [(250, 100, k) for k in (3, 5, 9, 17)]),
     "primal-p": ("primal", "n_params", [(1000, h, 10) for h in (1, 2, 4)]),
+    "choice": (
+        "choice",
+        "n_rows",
+        [  # n, side of the image, K
+            *[(n, 14, 10) for n in (125, 250, 500, 1000)],
+            *[(n, 20, 10) for n in (250, 500, 1000, 1500)],
+        ],
+    ),
     "product-n": ("product", "n", [(n, 100, 10) for n in (500, 1000, 2000, 4000)]),
     "product-p": ("product", "n_params", [(1000, h, 10) for h in (25, 100, 400, 1600)]),
 }
@@ -53,7 +64,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         kind, *sizes = given.child
-        print(json.dumps(point(kind, *map(int, sizes), given.data)))
+        measured = choice if kind == "choice" else partial(point, kind)
+        print(json.dumps(measured(*map(int, sizes), given.data)))
         return
     found = json.loads(given.out.read_text()) if given.out.exists() else {"points": []}
     if found["points"] and found["machine"] != machine(1) and not given.again:
@@ -87,7 +99,7 @@ def exponents(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for series in SERIES:
         mine = [p for p in points if p["series"] == series and p["status"] == "done"]
-        if len(mine) < 3:
+        if len(mine) < 3 or series == "choice":
             continue
         sizes = [float(p[p["varies"]]) for p in mine]
         found[series] = {
@@ -111,6 +123,37 @@ def slope(x: list[float], y: list[float]) -> float:
     return sum((a - middle) * (b - level) for a, b in zip(u, v, strict=True)) / sum(
         (a - middle) ** 2 for a in u
     )
+
+
+def choice(n: int, side: int, k: int, data: Path) -> dict[str, Any]:
+    """Both exact solvers in this process, on a linear model of images of that side."""
+    import torch
+    from torch import nn
+
+    from benchmarks.common.measure import clocked
+    from flataudit.curvature.problem import make_problem
+    from flataudit.families import Categorical
+    from flataudit.inputs import Inputs
+    from flataudit.penalty import from_argument
+    from flataudit.solvers import SOLVERS
+
+    def problem_of(n: int, side: int):  # type: ignore[no-untyped-def]
+        torch.manual_seed(0)
+        x = nn.functional.adaptive_avg_pool2d(fashion_mnist(data, n)[0], side)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(side**2, k)).double().eval()
+        return make_problem(model, Inputs.of(x), torch.arange(n) % k, Categorical())
+
+    problem, small = problem_of(n, side), problem_of(20, 2)
+    penalty = from_argument(PENALTY, problem.params)
+    row: dict[str, Any] = {
+        "status": "done", "n_rows": problem.n_rows, "n_params": problem.n_params
+    }  # fmt: skip
+    for name, solver in SOLVERS.items():
+        solver.solve(small, from_argument(PENALTY, small.params))
+        _, clock = clocked(lambda s=solver: s.solve(problem, penalty), lambda: None)  # type: ignore[misc]
+        row[name] = {"work": solver.work(problem, penalty), **clock}
+    row["cpu_seconds"] = min(row[name]["cpu_seconds"] for name in SOLVERS)
+    return row
 
 
 def point(kind: str, n: int, hidden: int, k: int, data: Path) -> dict[str, Any]:

@@ -329,7 +329,8 @@ def _evidence(problem: Problem, planned: Choice, curve: _RankCurve | None) -> fl
             from_curve, limit, problem.params, problem.n_samples, tolerance=0.02
         )
     chosen = SOLVERS[planned.name]
-    if limit <= EIGENVALUE_LIMIT:
+    side = problem.n_params if planned.name == "primal" else problem.n_rows
+    if side <= EIGENVALUE_LIMIT:
         ratios = chosen.solve(problem, ones, spectrum=True).ratios
         assert ratios is not None
         eigenvalues = ratios.cpu().numpy()

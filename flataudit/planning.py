@@ -20,16 +20,14 @@ from flataudit.labels import with_indices
 from flataudit.models.sklearn import Subject, as_network
 from flataudit.preparation import prepared_problem
 from flataudit.sensitivity import wants_sensitivity
-from flataudit.solvers import choose
-from flataudit.solvers.base import EIGENVALUE_LIMIT
+from flataudit.solvers import SOLVERS, choose
+from flataudit.solvers.base import EIGENVALUE_LIMIT, SPECTRUM, Penalty
 from flataudit.tensors import as_pair
 
 Json = dict[str, Any]
 
 # Costs in floating-point operations at the speed of a matrix product, as measured on networks of
 # 63 to 25,000 parameters; audits of more than a second took 0.6 to 2.5 times what they say.
-SPECTRUM = 14.0  # Choleskys that the eigenvalues of one matrix cost (`flataudit.solvers.base`)
-JACOBIAN = 1500.0  # operations per entry of the Jacobian, which is differentiated and not computed
 EVIDENCE_SOLVES = 12.0  # trials of a search for the penalty where a spectrum would cost too much
 LOGGING_SECONDS = 2.0  # figures, page and MLflow's writes, on two cores
 _PROBE = 1024  # rows of the matrices whose product measures this machine
@@ -84,8 +82,13 @@ def plan_here(request: Json, progress: stages.Progress) -> Json:
     penalty = penalties.from_argument(_penalty(subject, recorded, options), problem.params)
     choice = choose(options.solver, problem, penalty)
     reading = time.perf_counter() - started
-    work = operations(choice.name, problem, varied=wants_sensitivity(options.sensitivity, problem),
-                      evidence=_needs_evidence(subject, recorded, options))  # fmt: skip
+    work = operations(
+        choice.name,
+        problem,
+        penalty,
+        varied=wants_sensitivity(options.sensitivity, problem),
+        evidence=_needs_evidence(subject, recorded, options),
+    )
     seconds = None if work is None else reading + work / operations_per_second() + LOGGING_SECONDS
     found = Plan(
         problem.n_samples,
@@ -99,26 +102,24 @@ def plan_here(request: Json, progress: stages.Progress) -> Json:
     return found.to_dict()
 
 
-def operations(solver: str, problem: Problem, *, varied: bool, evidence: bool) -> float | None:
+def operations(
+    solver: str, problem: Problem, penalty: Penalty, *, varied: bool, evidence: bool
+) -> float | None:
     """Floating-point operations of an audit, about; None for a solver not known here.
 
-    Per factorisation, primal: the P x P matrix from N rows, its Cholesky, and the rows whitened;
-    dual: the N x N matrix, its Cholesky and its inverse. One factorisation for the audit, one for
-    the recalibrated model, two more where the penalty is varied, and the search for a penalty
-    where none is known; eigenvalues where the matrix is small.
+    Each factorisation takes what the solver counts: one for the audit, one for the recalibrated
+    model, two more where the penalty is varied, and the search for a penalty where none is known;
+    eigenvalues where the matrix is small.
     """
-    p, n = float(problem.n_params), float(problem.n_rows)
-    once = {
-        "primal": 3 * n * p * p + p**3 / 3 + 2 * JACOBIAN * n * p,
-        "dual": n * n * min(p, n) / 3 + 2 * n**3 / 3,
-    }
-    size = {"primal": p, "dual": n}
-    if solver not in once:
+    if solver not in SOLVERS:
         return None
+    once = SOLVERS[solver].work(problem, penalty)
+    p, n = float(problem.n_params), float(problem.n_rows)
+    size = {"primal": p, "dual": n}
     small = min(p, n) <= EIGENVALUE_LIMIT
     solves = 2.0 + (2.0 if varied else 0.0) + (EVIDENCE_SOLVES if evidence and not small else 0.0)
     spectra = (1.0 + evidence) if small else 0.0
-    return solves * once[solver] + spectra * SPECTRUM * size[solver] ** 3 / 3
+    return solves * once + spectra * SPECTRUM * size[solver] ** 3 / 3
 
 
 @cache

@@ -64,6 +64,50 @@ def gram_bytes(problem: Problem, penalty: Mapping[str, Tensor]) -> int:
     return matrices + max(2 * layered, 2 * group) + 4 * CHUNK_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class GramWork:
+    """Of `gram`: floating-point operations of its matrix products; entries of the Jacobian that are
+    differentiated; free columns."""
+
+    products: float
+    entries: float
+    free: int
+
+
+def gram_work(problem: Problem, penalty: Mapping[str, Tensor]) -> GramWork:
+    """What `gram` does, counted: half of M, by layers where they allow it.
+
+    A Linear layer's two products and their entrywise one, N^2 (out + 1) and n^2 in; with a penalty
+    per element n^2 in out and N^2 out; explicit columns N^2 each.
+    """
+    n, rows = float(problem.n_samples), float(problem.n_rows)
+    free = {name for name in problem.params if not bool(penalty[name].any())}
+    products = columns = entries = 0.0
+    in_layers = set()
+    for layer in trusted_layers(problem):
+        in_layers |= {layer.weight, layer.bias}
+        out, inside = layer.module.weight.flatten(1).shape
+        if layer.explicit:
+            own = [name for name in (layer.weight, layer.bias) if name and name not in free]
+            columns += sum(problem.params[name].numel() for name in own)
+            continue
+        if layer.weight not in free:
+            d = penalty[layer.weight]
+            constant = bool((d == d.flatten()[0]).all())
+            products += n**2 * inside * (1.0 if constant else out) + rows**2 * (out + 1)
+        if layer.bias and layer.bias not in free:
+            products += rows**2 * out
+    n_free = 0
+    for name, p in problem.params.items():
+        if name in free:
+            n_free += p.numel()
+            entries += rows * p.numel()
+        elif name not in in_layers:
+            columns += p.numel()
+            entries += rows * p.numel()
+    return GramWork(products + rows**2 * columns, entries, n_free)
+
+
 def gram(problem: Problem, penalty: Mapping[str, Tensor]) -> Gram:
     """M = B1 D1^-1 B1' over the penalised columns, B0 the free ones.
 

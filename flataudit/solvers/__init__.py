@@ -9,7 +9,7 @@ error. kfac, never chosen by `auto`, states only how far off it was elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from flataudit.curvature.problem import Problem, evaluate
 from flataudit.errors import InputError, MemoryPlanError
 from flataudit.memory import available_bytes, human
 from flataudit.solvers.base import (
+    EIGENVALUE_LIMIT,
+    SPECTRUM,
     Checkpoint,
     Curvature,
     CurvatureTraces,
@@ -29,6 +31,7 @@ from flataudit.solvers.base import (
     Work,
 )
 from flataudit.solvers.dual import Dual
+from flataudit.solvers.free import free_bytes, free_parameters
 from flataudit.solvers.kfac import Kfac
 from flataudit.solvers.lanczos import Lanczos
 from flataudit.solvers.primal import Primal
@@ -60,9 +63,9 @@ NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
 # per sample, rather than the two traces alone: about an hour at 3e10/s on a processor's core and
 # at 3e13/s on a graphics card.
 AFFORDABLE = {"cpu": 1e14, "cuda": 1e17}
-# Products with the operator that sampling takes: samples times iterations, as measured
-# (benchmarks/matrix_free.json).
-SAMPLING_PRODUCTS = 5000
+# Products with the operator that sampling takes: systems times iterations, as measured at penalties
+# of 1e-2 and 1e-3 (benchmarks/matrix_free.json); at 1e-4 it can be three times as many.
+SAMPLING_PRODUCTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +96,38 @@ def select(
     plans: dict[str, int],
     available: int,
     *,
+    work: Mapping[str, float],
     affordable: bool = True,
     failed: Collection[str] = (),
+    free: tuple[int, int] = (0, 0),
 ) -> Choice:
-    """The exact solver with the smaller matrix that fits into memory, else a matrix-free one. Pure.
+    """The exact solver with less work that fits into memory, else a matrix-free one. Pure.
 
     name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver, of those
-    that come into question; available: bytes; affordable: whether sampling's work is; failed:
-    solvers that ran out of memory although the plan fitted, which `auto` passes over.
+    that come into question; available: bytes; work: operations of the exact solvers; affordable:
+    whether sampling's work is; failed: solvers that ran out of memory although the plan fitted,
+    which `auto` passes over; free: P0 unpenalised parameters and the bytes of their N x P0 columns.
 
     Raises:
         InputError: unknown solver.
         MemoryPlanError: the named solver, or with `auto` every solver, needs more than there is.
 
-    >>> select("auto", 650, 2700, {"primal": 10, "dual": 99}, 100).reason
-    'P = 650 parameters <= N = 2700 rows'
+    >>> work = {"primal": 9e9, "dual": 1.3e10}
+    >>> select("auto", 650, 2700, {"primal": 10, "dual": 99}, 100, work=work).reason
+    'P = 650 parameters, N = 2700 rows: 9e+09 operations, 1.3e+10 for dual'
     """
     check_name(name)
-    first, second = ("primal", "dual") if n_params <= n_rows else ("dual", "primal")
-    sign = "<=" if n_params <= n_rows else ">"
-    compared = f"P = {n_params} parameters {sign} N = {n_rows} rows"
+    first, second = sorted(("primal", "dual"), key=lambda each: work[each])
+    sizes = f"P = {n_params} parameters, N = {n_rows} rows"
+    compared = f"{sizes}: {work[first]:.2g} operations, {work[second]:.2g} for {second}"
+    n_free, columns = free
+    # Told where they are what does not fit.
+    held = (
+        f", {human(columns)} of it for {n_free} unpenalised parameters, which a"
+        " penalty on them would save"
+        if 2 * columns > available and name != "primal"
+        else ""
+    )
     if name != "auto":
         if plans[name] > available:
             other = {"primal": "dual", "dual": "primal"}.get(name, "lanczos")
@@ -120,15 +135,16 @@ def select(
             instead = f"solver={other} ({human(plans[other])}), " if fits else ""
             raise MemoryPlanError(
                 f"expected solver={name} to fit into {human(available)}, got a plan of"
-                f" {human(plans[name])}; use {instead}fewer samples"
+                f" {human(plans[name])}{held}; use {instead}fewer samples"
                 " or more memory"
             )
-        return Choice(name, f"asked for; {compared}", plans[name])
+        return Choice(name, f"asked for; {sizes}", plans[name])
     lost = "".join(f", {each} ran out of memory" for each in failed)
     if plans[first] <= available and first not in failed:
         return Choice(first, compared + lost, plans[first])
     if plans[second] <= available and second not in failed:
-        reason = f"{compared}, but {first} needs {human(plans[first])} of {human(available)}"
+        more = f"{work[second]:.2g} operations, {work[first]:.2g} for {first}"
+        reason = f"{sizes}: {more}, but {first} needs {human(plans[first])} of {human(available)}"
         return Choice(second, reason + lost, plans[second])
     needs = (
         f"an exact solver needs {human(min(plans[first], plans[second]))} of {human(available)}"
@@ -141,15 +157,15 @@ def select(
         if each == "sampling" and not affordable:
             needs += ", and sampling would take more than about an hour"
             continue
-        return Choice(each, f"{compared}; {needs}", plans[each])
+        return Choice(each, f"{sizes}; {needs}", plans[each])
     others = "".join(
         f", {each} {human(plans[each])}" for each in ("sampling", "lanczos") if each in plans
     )
     raise MemoryPlanError(
         f"expected a solver to fit into {human(available)}, got primal"
         f" {human(plans['primal'])} for P = {n_params} and dual {human(plans['dual'])} for"
-        f" N = {n_rows}{others}{lost}; audit a random subset of the training data, or use more"
-        " memory"
+        f" N = {n_rows}{others}{lost}{held}; audit a random subset of the training data, or use"
+        " more memory"
     )
 
 
@@ -171,9 +187,25 @@ def choose(name: str, problem: Problem, penalty: Penalty, failed: Collection[str
         problem.n_rows,
         plans,
         available,
+        work=exact_work(problem, penalty),
         affordable=affordable,
         failed=failed,
+        free=(free_parameters(problem, penalty), free_bytes(problem, penalty)),
     )
+
+
+def exact_work(problem: Problem, penalty: Penalty) -> dict[str, float]:
+    """Floating-point operations of the exact solvers, about.
+
+    With the eigenvalues of their matrix where the smaller of the two is small enough for those: the
+    audit shows them, and searches an unknown penalty by them.
+    """
+    sides = {"primal": float(problem.n_params), "dual": float(problem.n_rows)}
+    shown = min(sides.values()) <= EIGENVALUE_LIMIT
+    return {
+        key: solver.work(problem, penalty) + (SPECTRUM * sides[key] ** 3 / 3 if shown else 0.0)
+        for key, solver in SOLVERS.items()
+    }
 
 
 def product_flops(problem: Problem) -> float:

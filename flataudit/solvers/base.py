@@ -14,7 +14,12 @@ from flataudit.errors import NumericalError
 
 Penalty = Mapping[str, Tensor]  # D by parameter name, the parameter's shape
 
-EIGENVALUE_LIMIT = 4000  # a spectrum costs about 14 Choleskys; above this size it is left out
+# Operations, at the speed of a matrix product, that one entry of the Jacobian costs: it is
+# differentiated, not computed. Measured on networks of 63 to 25,000 parameters; a chunk of rows by
+# reverse mode waits for memory and dispatch, so that this is rough, and matters for small P alone.
+JACOBIAN = 1500.0
+EIGENVALUE_LIMIT = 4000  # side of a matrix up to which its spectrum is computed
+SPECTRUM = 14.0  # Choleskys that the eigenvalues of one matrix cost
 _NO_EIGENVALUES = (
     "expected a curvature with finite eigenvalues, got a breakdown; likely causes: weights or"
     " inputs near overflow, or a penalty far below 1e-14 of the curvature; raise the penalty"
@@ -151,6 +156,10 @@ class Solver(Protocol):
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
         """Peak bytes of the solver's own arrays, before any is allocated."""
+        ...
+
+    def work(self, problem: Problem, penalty: Penalty) -> float:
+        """Floating-point operations of `solve`, about: those of its matrix products and factors."""
         ...
 
     def solve(

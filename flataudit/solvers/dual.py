@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flataudit.curvature.gram import gram, gram_bytes
+from flataudit.curvature.gram import gram, gram_bytes, gram_work
 from flataudit.curvature.problem import Problem
 from flataudit.errors import NumericalError
 from flataudit.solvers.base import (
     EIGENVALUE_LIMIT,
+    JACOBIAN,
     FunctionalVariance,
     Penalty,
     pseudo_inverse_root,
@@ -37,6 +38,13 @@ class Dual:
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
         return gram_bytes(problem, penalty)
+
+    def work(self, problem: Problem, penalty: Penalty) -> float:
+        counted = gram_work(problem, penalty)
+        rows, k = float(problem.n_rows), problem.n_columns
+        # The Cholesky and the triangular inverse; blocks X_i'X_i; X'B0 and what follows from it.
+        factor = 2 * rows**3 / 3 + rows**2 * k + 2 * rows**2 * counted.free
+        return counted.products + JACOBIAN * counted.entries + factor
 
     def solve(
         self, problem: Problem, penalty: Penalty, *, spectrum: bool = False

@@ -293,16 +293,14 @@ class _Run:
 
     def _exact_soft(self) -> Tensor:
         """Per sample (n,): the free directions' leverage and that of the deflated ones."""
-        rows = self.operator.free_basis.square().sum(dim=1)
-        rows = rows + self.deflated.square() @ _f(self.values)
-        return rows.view(self.problem.n_samples, -1).sum(dim=1)
+        rows = self.deflated.square() @ _f(self.values)
+        return self.operator.free.leverage + rows.view(self.problem.n_samples, -1).sum(dim=1)
 
     def _exact_tic(self) -> Tensor:
         """The same with v_i' in front: |v_i'Q0_i|^2 + sum_l f(x_l) (v_i'V_il)^2."""
         n, k = self.v.shape
-        free = torch.einsum("nk,nkr->nr", self.v, self.operator.free_basis.view(n, k, -1))
         deflated = torch.einsum("nk,nkr->nr", self.v, self.deflated.view(n, k, -1))
-        return free.square().sum(dim=1) + deflated.square() @ _f(self.values)
+        return self.operator.free.tic + deflated.square() @ _f(self.values)
 
     def _trace(self, sums: _Sums) -> Trace:
         if sums is self.soft:
@@ -312,8 +310,6 @@ class _Run:
         return sums.trace(self._exact_tic(), float((deflated.square() @ self.coupled).sum()))
 
     def _traces(self) -> CurvatureTraces:
-        flat = self.v.reshape(-1)
-        free = float((self.operator.free_basis.T @ flat).square().sum())
         nodes = torch.cat([self.values, self.nodes])
         weights = torch.cat([torch.ones_like(self.values), self.weights / self.soft.count])
         notes = [*self.notes]
@@ -331,11 +327,11 @@ class _Run:
         return CurvatureTraces(
             soft_rank=soft,
             tic=tic,
-            mean_gradient=(free + float(self.energy)) / self.problem.n_samples,
-            trace_ggn=float(self.trace_ggn) + self.operator.trace_free,
+            mean_gradient=(self.operator.free.energy + float(self.energy)) / self.problem.n_samples,
+            trace_ggn=float(self.trace_ggn) + self.operator.free.trace,
             nodes=nodes,
             weights=weights,
-            free_rank=self.operator.free_rank,
+            free_rank=self.operator.free.rank,
             notes=tuple(notes),
         )
 

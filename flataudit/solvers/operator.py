@@ -7,30 +7,19 @@ functional variance of all samples together is
     B (G + D)^+ B' = Q0 Q0' + Pi f(Pi K Pi) Pi,    f(x) = x/(1 + x)
 
 (the generalised inverse of Pi (I + K) Pi is that of universal kriging's explicit basis), so a
-solver needs Pi K Pi v alone. No Jacobian is formed: several vectors v go through the network at
-once, chunk by chunk of samples; memory is a few copies of the parameters per vector plus one chunk.
+solver needs Pi K Pi v alone.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flataudit.curvature.problem import Problem, evaluate
-from flataudit.errors import NumericalError
-from flataudit.inputs import Inputs
-from flataudit.solvers.base import pseudo_inverse_root
-
-# Activations of one chunk with all its vectors: larger chunks were slower for convolutions, smaller
-# ones add up the parameters' gradients too often (benchmarks/matrix_free.json).
-WORKING_BYTES = 64 * 2**20
-
-Tensors = dict[str, Tensor]
+from flataudit.curvature.problem import Problem
+from flataudit.solvers.free import free_bytes, free_directions, free_parameters
+from flataudit.solvers.passes import WORKING_BYTES, Passes, Tensors
 
 
 class CurvatureOperator:
@@ -39,8 +28,8 @@ class CurvatureOperator:
     problem, penalty: as for every solver; each parameter tensor is penalised throughout or free
     throughout. dtype: of the network's arithmetic; vectors and sums stay float64.
 
-    reason: why the slower route is used (one vector at a time, by differentiating twice), or None.
-    applications: vectors multiplied so far, the unit of cost.
+    tied: names of the penalised parameters; free: the directions of the others; reason: why a
+    slower route is used, or None; applications: vectors multiplied so far, the unit of cost.
 
     Raises:
         NumericalError: the network's derivatives in two modes disagree.
@@ -53,38 +42,17 @@ class CurvatureOperator:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.problem = problem
-        own = next(iter(problem.params.values())).dtype
-        self.dtype = dtype or own
-        cast = self.dtype if self.dtype != own else None
-        self._x = problem.x if cast is None else problem.x.to(self.dtype)
-        named = {name: p.detach() for name, p in problem.params.items()}
-        if cast is not None:  # buffers as well: a float64 running mean would promote everything
-            everything = {**dict(problem.model.named_parameters()),
-                          **dict(problem.model.named_buffers())}  # fmt: skip
-            named = {k: _cast(t.detach(), self.dtype) for k, t in everything.items()}
         free = [name for name in problem.params if not bool(penalty[name].any())]
         self.tied = [name for name in problem.params if name not in free]
-        self._fixed = named
         self._inverse = {name: penalty[name].to(torch.float64).reciprocal() for name in self.tied}
-        self.n_tied = sum(problem.params[name].numel() for name in self.tied)
         self.applications = 0
-        self._per_sample = activations_per_sample(problem)
-        self.reason: str | None = None
-        self._choose_route()
-        self.free_basis, self.trace_free = _free_basis(problem, free)
-
-    @property
-    def free_rank(self) -> int:
-        """Rank of B0: what the unpenalised parameters add to the soft rank."""
-        return self.free_basis.shape[1]
+        self._passes = Passes(problem, self.tied, dtype=dtype)
+        self.reason = self._passes.reason
+        self.free = free_directions(problem, free, dtype=dtype)
 
     def project(self, v: Tensor) -> Tensor:
         """Pi v."""
-        if not self.free_rank:
-            return v
-        v = v - self.free_basis @ (self.free_basis.T @ v)
-        return v - self.free_basis @ (self.free_basis.T @ v)
+        return self.free.project(v) if self.free.rank else v
 
     def __call__(self, v: Tensor) -> Tensor:
         """Pi K Pi v, (N, m)."""
@@ -93,246 +61,21 @@ class CurvatureOperator:
         pulled = self.pull(self.project(v))
         for name, u in pulled.items():
             u.mul_(self._inverse[name])
-        return self.project(self.push(pulled))
+        return self.project(self._passes.push(pulled))
 
     def half(self, u: Mapping[str, Tensor]) -> Tensor:
         """Pi B1 D1^-1/2 u for u (m, *shape) by parameter: (N, m)."""
-        return self.project(
-            self.push({name: t * self._inverse[name].sqrt() for name, t in u.items()})
-        )
+        scaled = {name: t * self._inverse[name].sqrt() for name, t in u.items()}
+        return self.project(self._passes.push(scaled))
 
     def pull(self, v: Tensor) -> Tensors:
-        """B1'v for v (N, m): by parameter (m, *shape), float64; VJPs summed over chunks."""
+        """B1'v for v (N, m): by parameter (m, *shape), float64."""
         self.applications += v.shape[1]
-        return self._pull_all(v, self._pull)
-
-    def _pull_all(self, v: Tensor, route: Callable[[Inputs, Tensor], Tensors]) -> Tensors:
-        total: Tensors = {}
-        for at in self._chunks(v.shape[1]):
-            for name, g in route(self._x[at], self._cotangents(v, at)).items():
-                g = g.to(torch.float64)
-                if name in total:
-                    total[name] += g
-                else:
-                    total[name] = g.contiguous()  # zeros of an unused parameter may be expanded
-        return total
-
-    def push(self, u: Mapping[str, Tensor]) -> Tensor:
-        """B1 u for u (m, *shape) by parameter: (N, m) float64; JVPs chunk by chunk."""
-        m = len(next(iter(u.values())))
-        tangents = {name: u[name].to(self._fixed[name].dtype) for name in self.tied}
-        k = self.problem.n_columns
-        out = torch.zeros(self.problem.n_rows, m, dtype=torch.float64, device=self.problem.device)
-        for at in self._chunks(m):
-            out[at.start * k : at.stop * k] = self._push(at, tangents).flatten(0, 1)
-        return out
-
-    # --- routes -------------------------------------------------------------------------------
-
-    def _choose_route(self) -> None:
-        """The first route that agrees with plain reverse mode.
-
-        Batched (all vectors at once); differentiating twice, one vector at a time; the Jacobian's
-        rows. Raises NumericalError where none does.
-        """
-        self._pull, self._push = self._pull_batched, self._push_batched
-        if not self.tied:
-            return
-        failure = self._failure()
-        if failure is None:
-            return
-        self._pull = self._pull_plain
-        routes = {
-            "one vector at a time": self._push_twice,
-            "with the Jacobian's rows": self._push_rows,
-        }
-        for how, route in routes.items():
-            self._push = route
-            second = self._failure()
-            if second is None:
-                self.reason = f"{how}, since the batched derivatives fail: {failure}"
-                return
-        raise NumericalError(
-            "expected the network's derivatives in forward and reverse mode to agree, got"
-            f" {second}; likely cause: weights or inputs near overflow; use solver=primal or dual"
-        )
-
-    def _failure(self) -> str | None:
-        """What is wrong with the current route, or None.
-
-        On all samples, for the price of two products: torch 2.13's forward mode is wrong for
-        transformer layers where positions are padded, which a few samples need not show.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(*shape: int) -> Tensor:
-            normal = torch.randn(*shape, generator=generator, dtype=torch.float64)
-            return normal.to(self.problem.device)
-
-        v = drawn(self.problem.n_rows, 1)
-        u = {name: drawn(1, *self.problem.params[name].shape) for name in self.tied}
-        try:
-            pulled, pushed = self._pull_all(v, self._pull), self.push(u)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # an operation without a rule for it may raise anything
-            return f"{type(error).__name__} ({' '.join(str(error).split())[:80]})"
-        plain = self._pull_all(v, self._pull_plain)
-        tolerance = 1e-8 if self.dtype == torch.float64 else 2e-3
-        for name, g in plain.items():
-            if not bool(((pulled[name] - g).abs() <= tolerance * g.abs().max()).all()):
-                return f"the two reverse modes differ in {name}"
-        rows = pushed * v
-        dots = torch.stack([(plain[name] * u[name]).sum() for name in self.tied])
-        size = rows.abs().sum() + dots.abs().sum()
-        if not bool((rows.sum() - dots.sum()).abs() <= tolerance * size):
-            return "the forward mode is not the transpose of the reverse mode"
-        return None
-
-    def _outputs(self, x: Inputs) -> Callable[[Tensors], Tensor]:
-        def f(p: Tensors) -> Tensor:
-            return evaluate(self.problem.model, x, self._fixed | p)
-
-        return f
-
-    def _pull_batched(self, x: Inputs, cotangents: Tensor) -> Tensors:
-        with _tracing():
-            leaves = {name: self._fixed[name] for name in self.tied}
-            pull = torch.func.vjp(self._outputs(x), leaves)[1]
-            pulled: tuple[Tensors] = torch.func.vmap(pull)(cotangents)
-        return pulled[0]
-
-    def _push_batched(self, at: slice, tangents: Tensors) -> Tensor:
-        leaves = {name: self._fixed[name] for name in self.tied}
-        f = self._outputs(self._x[at])
-
-        def one(t: Tensors) -> Tensor:
-            moved: Tensor = torch.func.jvp(f, (leaves,), (t,))[1]
-            return moved
-
-        with _tracing():
-            pushed: Tensor = torch.func.vmap(one)(tangents)
-        return self._whitened(pushed, at)
-
-    def _pull_plain(self, x: Inputs, cotangents: Tensor) -> Tensors:
-        leaves = self._leaves()
-        with _tracing(), torch.enable_grad():
-            out = self._outputs(x)(leaves)
-            rows = [
-                torch.autograd.grad(
-                    out, list(leaves.values()), c, retain_graph=True, materialize_grads=True
-                )
-                for c in cotangents
-            ]
-        return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*rows, strict=True),
-                                                                strict=True)}  # fmt: skip
-
-    def _push_twice(self, at: slice, tangents: Tensors) -> Tensor:
-        """J u as the derivative of w -> (J'w).u."""
-        leaves = self._leaves()
-        with _tracing(), torch.enable_grad():
-            out = self._outputs(self._x[at])(leaves)
-            w = torch.zeros_like(out, requires_grad=True)
-            pulled = torch.autograd.grad(
-                out, list(leaves.values()), w, create_graph=True, materialize_grads=True
-            )
-            rows = []
-            for j in range(len(next(iter(tangents.values())))):
-                dots = [
-                    (g * tangents[name][j]).sum() for name, g in zip(leaves, pulled, strict=True)
-                ]
-                dot = torch.stack(dots).sum()
-                rows.append(
-                    torch.autograd.grad(
-                        dot, w, retain_graph=True, materialize_grads=True, allow_unused=True
-                    )[0]
-                )
-        return self._whitened(torch.stack(rows), at)
-
-    def _push_rows(self, at: slice, tangents: Tensors) -> Tensor:
-        """The rows of B1 themselves, a few samples at a time: K' backward passes each."""
-        u = torch.cat([tangents[name].flatten(1) for name in self.tied], dim=1).to(torch.float64).T
-        step = max(1, WORKING_BYTES // (8 * self.problem.n_columns * self.n_tied))
-        cuts = [slice(a, min(a + step, at.stop)) for a in range(at.start, at.stop, step)]
-        return torch.cat([self.problem.rows(cut, self.tied) @ u for cut in cuts])
-
-    def _whitened(self, moved: Tensor, at: slice) -> Tensor:
-        """S'J u/sqrt(n): (c, K', m) float64 from J u (m, c, K)."""
-        root = self.problem.factor.root[at] * self.problem.n_samples**-0.5
-        return torch.einsum("mck,ckj->cjm", moved.to(torch.float64), root)
-
-    def _leaves(self) -> Tensors:
-        return {name: self._fixed[name].detach().requires_grad_() for name in self.tied}
-
-    def _cotangents(self, v: Tensor, at: slice) -> Tensor:
-        """S v/sqrt(n) for the samples `at`: (m, c, K)."""
-        k = self.problem.n_columns
-        rows = v[at.start * k : at.stop * k].view(at.stop - at.start, k, -1)
-        root = self.problem.factor.root[at] * self.problem.n_samples**-0.5
-        return torch.einsum("ckj,cjm->mck", root, rows).contiguous()
-
-    def _chunks(self, m: int) -> Iterator[slice]:
-        budget = max(WORKING_BYTES, 4 * 8 * m * self.n_tied)  # as the parameters' own vectors take
-        size = self.problem.chunk_size or max(1, budget // (8 * (m + 1) * self._per_sample))
-        size, n = max(size, self.problem.repeat), self.problem.n_samples
-        start = 0
-        while start < n:
-            stop = min(start + size, n)
-            # An exported graph may refuse a last chunk of one sample.
-            if n - stop < self.problem.repeat:
-                stop = n
-            yield slice(start, stop)
-            start = stop
+        return self._passes.pull(v)
 
 
 def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> int:
-    """Planned peak bytes of one product with m vectors, and of the free parameters' basis."""
-    n_free = sum(p.numel() for name, p in problem.params.items() if not bool(penalty[name].any()))
-    n_tied = problem.n_params - n_free
-    vectors = 8 * problem.n_rows * (2 * m + 3 * n_free)
+    """Planned peak bytes of one product with m vectors, and of the free parameters' directions."""
+    n_tied = problem.n_params - free_parameters(problem, penalty)
+    vectors = 8 * problem.n_rows * 2 * m + free_bytes(problem, penalty, m)
     return 3 * 8 * m * n_tied + vectors + 3 * max(WORKING_BYTES, 4 * 8 * m * n_tied)
-
-
-def activations_per_sample(problem: Problem) -> int:
-    """Values that one sample's forward pass keeps for its backward pass, inputs included."""
-    own = {p.data_ptr() for p in problem.params.values()}
-    own |= {b.data_ptr() for b in problem.model.buffers()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.data_ptr() not in own:
-            kept[t.data_ptr()] = max(t.numel(), kept.get(t.data_ptr(), 0))
-        return t
-
-    few = problem.x[: min(2, problem.n_samples)]
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        held = evaluate(problem.model, few)
-    total = sum(kept.values()) // len(few) + few.values_per_sample + held.shape[1]
-    return max(1, total)
-
-
-def _free_basis(problem: Problem, free: list[str]) -> tuple[Tensor, float]:
-    """Orthonormal basis (N, rank) of the unpenalised columns' range, and their share of tr(G)."""
-    if not free:
-        return torch.zeros(problem.n_rows, 0, dtype=torch.float64, device=problem.device), 0.0
-    n_free = sum(problem.params[name].numel() for name in free)
-    chunks = problem.chunks(2 * problem.n_columns * n_free)
-    b0 = torch.cat([problem.rows(at, free).flatten(0, 1) for at in chunks])
-    basis = b0 @ pseudo_inverse_root(b0.T @ b0)
-    if basis.shape[1]:
-        basis = torch.linalg.qr(basis).Q
-    return basis, float(b0.square().sum())
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() else t
-
-
-@contextmanager
-def _tracing() -> Iterator[None]:
-    """With the attention kernel that has derivatives in every mode; without torch's notices."""
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        # torch's own, as it sets up forward mode for the first time.
-        warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")
-        yield

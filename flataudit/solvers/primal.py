@@ -18,6 +18,7 @@ from flataudit.curvature.problem import Problem
 from flataudit.errors import NumericalError
 from flataudit.solvers.base import (
     EIGENVALUE_LIMIT,
+    JACOBIAN,
     FunctionalVariance,
     Penalty,
     pseudo_inverse_root,
@@ -35,6 +36,12 @@ class Primal:
         p, k = problem.n_params, problem.n_columns
         chunk = 8 * k * p * min(problem.n_samples, _chunk(problem))
         return 8 * 3 * p * p + 3 * chunk + 8 * 2 * problem.n_rows * k
+
+    def work(self, problem: Problem, penalty: Penalty) -> float:
+        p, rows, k = float(problem.n_params), float(problem.n_rows), problem.n_columns
+        jacobian = 2 * JACOBIAN * rows * p  # twice: for G, and to be whitened
+        # B'B, the triangular solve for every row, the blocks Q_i; the Cholesky.
+        return jacobian + 2 * rows * p**2 + rows * p**2 + 2 * rows * k * p + p**3 / 3
 
     def solve(
         self, problem: Problem, penalty: Penalty, *, spectrum: bool = False

@@ -14,8 +14,10 @@ from flataudit.checkpoint import FolderCheckpoint
 from flataudit.errors import InputError, NumericalError
 from flataudit.solvers import MATRIX_FREE, SOLVERS, Work
 from flataudit.solvers.lanczos import Lanczos
+from flataudit.solvers.operator import CurvatureOperator
+from flataudit.solvers.refinement import largest_ratio
 from flataudit.solvers.resume import problem_key
-from flataudit.solvers.sampling import Sampling
+from flataudit.solvers.sampling import Sampling, _Run
 from tests.case import Case, constant
 from tests.cases import BY_NAME, CASES, build
 from tests.dense import dense
@@ -160,7 +162,7 @@ def test_samples_are_unbiased(case):
         (estimates.measure_soft_rank(found), float(exact.leverage.mean())),
         (estimates.measure_tic(found, v), float(exact.tic.mean())),
     ):
-        # the jackknife of 16 groups alone would be too rough for so many cases
+        # the jackknife of 32 groups alone would be too rough for so many cases
         error = max(measured.monte_carlo_se, wanted * math.sqrt(2 / 300) / 3)
         assert abs(measured.gap - wanted) <= SAMPLING * error
         assert measured.psi.shape == (problem.n_samples,)
@@ -200,6 +202,69 @@ def test_sampling_is_within_five_percent():
     assert estimates.measure_soft_rank(found).gap * 80 == pytest.approx(rank, rel=0.05)
     assert estimates.measure_tic(found, v).gap * 80 == pytest.approx(tic, rel=0.05)
     assert estimates.largest_leverage(found) <= 1.0
+
+
+def hard(free: tuple[str, ...] = ()):
+    """Leverages near 1: more outputs than the samples can hold down, at a small penalty."""
+    case = Case(
+        "hard",
+        lambda: torch.nn.Sequential(
+            torch.nn.Linear(20, 15), torch.nn.Tanh(), torch.nn.Linear(15, 5)
+        ),
+        lambda: torch.randn(60, 20) * torch.linspace(0.2, 4.0, 60)[:, None],
+        lambda: torch.randint(0, 5, (60,)),
+        penalty=constant(1e-4, free),
+    )
+    return build(case)
+
+
+@pytest.mark.parametrize("free", [(), ("bias",)])
+def test_refined_samples_are_exact(free):
+    """Their I - Q_i is the exact solver's, within the residual's bound; the others are sampled."""
+    built = hard(free)
+    problem = built.problem
+    exact = SOLVERS["dual"].solve(problem, built.penalty)
+    solver = Sampling()
+    run = _Run(
+        solver, problem, CurvatureOperator(problem, built.penalty), built.penalty, Work(seed=0)
+    )
+    found = run.result()
+    assert 0 < len(run.refined) < problem.n_samples
+    wanted = exact.complement[run.refined]
+    error = largest_ratio((found.complement[run.refined] - wanted).abs(), wanted)
+    assert error <= 0.01
+    torch.testing.assert_close(
+        found.q[run.refined], torch.eye(4).double() - found.complement[run.refined]
+    )
+    for each in found.replicates:
+        assert torch.equal(each.complement[run.refined], found.complement[run.refined])
+
+
+def test_leave_one_out_where_leverages_are_near_one():
+    """Where plain samples would be far off, and biased: error and coverage over seeds."""
+    built = hard()
+    problem, v = built.problem, built.problem.factor.residual
+
+    def gap(variance):
+        found = estimates.measure_loo(variance, v, problem.family, problem.outputs, problem.y)
+        return found[1]
+
+    exact = SOLVERS["dual"].solve(problem, built.penalty)
+    assert estimates.largest_leverage(exact) > 0.95
+    wanted = gap(exact).gap
+    inside, errors = 0, []
+    for seed in range(12):
+        got = gap(Sampling().solve(problem, built.penalty, Work(seed=seed)))
+        errors.append(abs(got.gap / wanted - 1.0))
+        inside += abs(got.gap - wanted) <= 1.96 * got.monte_carlo_se + got.truncation
+    assert max(errors) < 0.05
+    assert inside >= binom.ppf(0.001, 12, 0.95)
+
+
+def test_budget_ends_refinement():
+    built = hard()
+    found = Sampling(most=256, tolerance=0.002).solve(built.problem, built.penalty, Work())
+    assert any("leave-one-out gap has a standard error" in note for note in found.notes)
 
 
 def test_unconverged_systems_are_an_error():

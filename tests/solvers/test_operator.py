@@ -59,7 +59,7 @@ def test_explicit_basis_form(name):
     operator = CurvatureOperator(built.problem, built.penalty)
     eye = torch.eye(built.problem.n_rows).double()
     k = operator(eye)
-    got = operator.free_basis @ operator.free_basis.T + torch.linalg.solve(eye + k, k)
+    got = operator.free.basis @ operator.free.basis.T + torch.linalg.solve(eye + k, k)
     inverse = torch.linalg.pinv(rows.T @ rows + torch.diag(d), hermitian=True, rtol=1e-12)
     torch.testing.assert_close(got, rows @ inverse @ rows.T, rtol=0, atol=1e-9)
 
