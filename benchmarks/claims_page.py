@@ -335,6 +335,7 @@ def draw_slopes(measured: list[Result], path: Path) -> None:
         ("wide", 0.4, "network, label noise 40 %"),
     ]
     mine = [r for r in measured if r.claim == 2 and r.family != "gaussian"]
+    rows = [row for row in rows if any((r.family, r.noise) == row[:2] for r in mine)]
     sizes = sorted({r.n for r in mine})
     figure, axes = plt.subplots(
         len(rows), len(sizes), figsize=(3.0 * len(sizes), 2.5 * len(rows)), sharey=True,
