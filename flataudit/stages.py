@@ -238,9 +238,10 @@ def run_audit(
 
 def _with_all_labels(result: Json, loaded: Json, options: AuditOptions) -> Json:
     """The result with the e-process over the labels of all audits of this model, and its alarm."""
-    record = result.get("fresh_labels")
-    report = result["report"]
-    if record is None:  # none yet, or the earlier ones cannot be read
+    report, record = result["report"], result.get("fresh_labels")
+    if record is None and not report.get("fresh_labels"):
+        return result
+    if record is None:  # the earlier ones cannot be read: these alone would be misread
         return {**result, "report": {**report, "fresh_labels": None}}
     from flataudit import fresh_labels
 
