@@ -209,7 +209,7 @@ def run_audit(
     stages: Stages | None = None,
     write: bool = True,
 ) -> Json:
-    """One audit from URI to MLflow: {report, display, seconds, fresh_labels, resources, run_id}.
+    """One audit from URI to MLflow: {report, display, seconds, resources, run_id}.
 
     run_id is None where write=False.
 
@@ -233,14 +233,17 @@ def run_audit(
     history = _history(loaded, options)
     result = _compared(_with_all_labels(result, loaded, options), history)
     run_id = stages.log(loaded, {**result, "history": history}, values) if write else None
-    return {**result, "run_id": run_id}
+    # The report has the labels' e-process, without the keys of the samples.
+    shown = {key: value for key, value in result.items() if key != "fresh_labels"}
+    return {**shown, "run_id": run_id}
 
 
 def _with_all_labels(result: Json, loaded: Json, options: AuditOptions) -> Json:
     """The result with the e-process over the labels of all audits of this model, and its alarm."""
-    record = result.get("fresh_labels")
-    report = result["report"]
-    if record is None:  # none yet, or the earlier ones cannot be read
+    report, record = result["report"], result.get("fresh_labels")
+    if record is None and not report.get("fresh_labels"):
+        return result
+    if record is None:  # the earlier ones cannot be read: these alone would be misread
         return {**result, "report": {**report, "fresh_labels": None}}
     from flataudit import fresh_labels
 

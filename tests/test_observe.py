@@ -74,7 +74,7 @@ def test_what_is_recorded(client, models):
     linked = [m for m in model.metrics if m.run_id == run.info.run_id]
     assert {m.key for m in linked} == {
         keys.OBSERVED_GAP, keys.OBSERVED_GAP_SE, keys.OBSERVED_NLL, keys.OBSERVED_ACCURACY,
-        keys.OBSERVED_SAMPLES,
+        keys.OBSERVED_SAMPLES, keys.LABELS_COUNTED, keys.LOG_E,
     }  # fmt: skip
     for tags in (client.get_run(audit_run).data.tags, client.get_model_version("noted", "1").tags):
         assert tags[keys.OBSERVED_RUN] == run.info.run_id

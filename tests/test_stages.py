@@ -70,7 +70,7 @@ def test_every_stage_gives_plain_json(models):
     assert loaded["source"]["uri"] == "models:/good/1"  # the alias may move; the version cannot
     result = through_json(stages.estimate(loaded, values))
     assert plain(result)
-    assert set(result) == {"report", "display", "seconds", "resources"}
+    assert set(result) == {"report", "display", "seconds", "fresh_labels", "resources"}
     assert result["seconds"] > 0
     run_id = stages.log(loaded, result, values)
     assert MlflowClient(models.uri).get_run(run_id).info.status == "FINISHED"

@@ -235,10 +235,12 @@ def test_the_metrics_are_the_contract_s(audited):
     report["premise"] = {"information_ratio": 1.5, "z": 0.1, "evidence": "loo"}
     report["calibration"]["ece"] = 0.125
     report["calibration"]["slope"] = 0.75
+    report["fresh_labels"] = {"n": 300, "log_e": 1.25}
     names = (
         "gap gap_low gap_high predicted_test_nll predicted_accuracy gap_soft_rank"
         " gap_soft_rank_recalibrated gap_soft_rank_blend gap_tic gap_loo soft_rank train_nll ece"
         " confidence_gap slope information_ratio stationarity heldout_gap heldout_gap_se"
+        " fresh_labels log_e_value"
     )
     metrics = tracking.metrics_of(report)
     assert set(metrics) == {f"flataudit/{name}" for name in names.split()}
