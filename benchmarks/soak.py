@@ -66,13 +66,15 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=40.0, help="seconds of one audit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fleet", type=Path, help="made here once, and used again")
+    parser.add_argument("--work", type=Path, help="stores of the sweeps, kept for --limit")
+    parser.add_argument("--limit", type=float, help="seconds; then all is killed, to be continued")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     if "dask" in given.runners and find_spec("prefect_dask") is None:
         parser.error("expected prefect-dask for --runners dask; pip install 'flataudit[dask]'")
     found: Json = json.loads(given.out.read_text()) if given.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="flataudit-soak-") as folder:
-        work = Path(folder)
+        work = given.work or Path(folder)
         fleet = given.fleet or work / "fleet"
         failures = planted(given.models, SHARE, given.seed)
         if not fleet.exists():
@@ -80,7 +82,10 @@ def main() -> None:
         found |= {"machine": described(), "models": given.models, "broken": failures}
         for runner in given.runners:
             soak = Soak(work / runner, fleet, failures, runner, given)
-            found[runner] = soak.run()
+            measured = soak.run()
+            if measured is None:
+                return say(f"{runner}: stopped at the limit; the same command goes on")
+            found[runner] = measured
             given.out.write_text(json.dumps(found, indent=1) + "\n")
         if given.overhead:
             soak = Soak(work / "overhead", fleet, failures, "threads", given)
@@ -127,8 +132,13 @@ class Soak:
     def __init__(
         self, folder: Path, fleet: Path, failures: dict[str, str], runner: str, given: Any
     ) -> None:
-        shutil.copytree(fleet, folder)
-        (folder / "prefect").mkdir()
+        if not folder.exists():
+            shutil.copytree(fleet, folder)
+            (folder / "prefect").mkdir()
+        self.state = folder / "state.json"  # of a soak that was stopped at its limit
+        self.before: Json = {"seconds": 0.0, "faults": [], "sweeps": [], "stops": 0}
+        if self.state.exists():
+            self.before = json.loads(self.state.read_text())
         self.folder, self.failures, self.runner, self.given = folder, failures, runner, given
         self.random = random.Random(f"{given.seed} {runner}")
         env = environment()
@@ -150,12 +160,14 @@ class Soak:
         self.left_over: set[int] = set()
         self.started = time.monotonic()
 
-    def run(self) -> Json:
-        """The sweep with its faults; what was measured, once all has been checked."""
+    def run(self) -> Json | None:
+        """The sweep with its faults; what was measured, once all has been checked.
+
+        None where it was stopped at the limit: everything is killed at once, one more fault.
+        """
         healthy = self.given.models - len(self.failures)
-        faults = self.drawn(healthy)
-        told: list[Json] = []
-        sweeps: list[Json] = []
+        told, sweeps = self.before["faults"], self.before["sweeps"]
+        faults = self.drawn(healthy)[len(told) :]
         try:
             flow = self.flow(PREFIX + "*")
             while True:
@@ -170,8 +182,12 @@ class Soak:
                     time.sleep(faults[0]["delay"])
                     told.append(self.kill(faults.pop(0), flow))
                     say(f"{self.runner}: {told[-1]}")
+                if self.given.limit and time.monotonic() - self.started > self.given.limit:
+                    stopped = {"seconds": self.seconds(), "stops": self.before["stops"] + 1}
+                    self.state.write_text(json.dumps(stopped | {"faults": told, "sweeps": sweeps}))
+                    return None
                 time.sleep(0.5)
-            seconds = time.monotonic() - self.started
+            seconds = self.seconds()
             checked = self.check(sweeps)
             tasks = self.tasks()
         finally:
@@ -179,6 +195,7 @@ class Soak:
             self.end()
         return {
             "workers": WORKERS, "sweeps": sweeps, "faults": told, "checked": checked,
+            "stopped_as_a_whole": self.before["stops"],
             "seconds": round(seconds, 1), "audits_per_minute": round(60 * healthy / seconds, 1),
             "audit": self.summary(tasks),
         }  # fmt: skip
@@ -197,6 +214,9 @@ class Soak:
         # The first audit of a process starts the server that forks: it is not warm.
         return {"workers": 1, "sweep": row, "audit": self.summary(tasks[1:])}
 
+    def seconds(self) -> float:
+        return float(self.before["seconds"]) + time.monotonic() - self.started
+
     # --- the faults ---
 
     def drawn(self, healthy: int) -> list[Json]:
@@ -211,14 +231,15 @@ class Soak:
         ]  # fmt: skip
 
     def kill(self, fault: Json, flow: Process) -> Json:
-        after = round(time.monotonic() - self.started, 1)
+        after = round(self.seconds(), 1)
         pids = [flow.process.pid, *(worker.process.pid for worker in self.cluster[1:])]
         workers = [pid for of in pids for pid in descendants(of) if _is_worker(pid)]
         if fault["kill"] == "flow":
             self.left_over |= set(descendants(flow.process.pid))
             os.kill(flow.process.pid, signal.SIGKILL)  # and not its group: workers end themselves
         elif fault["kill"] == "worker":
-            assert workers, "expected a worker to kill"
+            if not workers:  # they have only begun to start
+                raise RuntimeError(f"expected a worker to kill: {flow.tail()}")
             chosen = self.random.choice(workers)
             self.left_over |= {chosen, *descendants(chosen)}
             os.kill(chosen, signal.SIGKILL)
