@@ -79,7 +79,7 @@ def main() -> None:
         failures = planted(given.models, SHARE, given.seed)
         if not fleet.exists():
             build(fleet, given.models, failures)
-        found |= {"machine": described(), "models": given.models, "broken": failures}
+        found["machine"] = described()
         for runner in given.runners:
             soak = Soak(work / runner, fleet, failures, runner, given)
             measured = soak.run()
@@ -194,7 +194,8 @@ class Soak:
             flow.kill()
             self.end()
         return {
-            "workers": WORKERS, "sweeps": sweeps, "faults": told, "checked": checked,
+            "models": self.given.models, "broken": self.failures, "workers": WORKERS,
+            "sweeps": sweeps, "faults": told, "checked": checked,
             "stopped_as_a_whole": self.before["stops"],
             "seconds": round(seconds, 1), "audits_per_minute": round(60 * healthy / seconds, 1),
             "audit": self.summary(tasks),
@@ -212,7 +213,9 @@ class Soak:
         finally:
             self.end()
         # The first audit of a process starts the server that forks: it is not warm.
-        return {"workers": 1, "sweep": row, "audit": self.summary(tasks[1:])}
+        return {
+            "models": models, "workers": 1, "sweep": row, "audit": self.summary(tasks[1:]),
+        }  # fmt: skip
 
     def seconds(self) -> float:
         return float(self.before["seconds"]) + time.monotonic() - self.started
@@ -384,8 +387,6 @@ def say(text: str) -> None:
 
 def table(found: Json) -> str:
     lines = [
-        f"{found['models']} models, {len(found['broken'])} of them broken",
-        "",
         "| | processes | Dask | one worker, no faults |",
         "|---|---|---|---|",
     ]
