@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="seconds; then all is killed, to be continued")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     if "dask" in given.runners and find_spec("prefect_dask") is None:
         parser.error("expected prefect-dask for --runners dask; pip install 'flataudit[dask]'")
     found: Json = json.loads(given.out.read_text()) if given.out.exists() else {}
@@ -300,9 +301,11 @@ class Soak:
         found: dict[str, list[Any]] = {}
         for run in self.audits():
             found.setdefault(run.data.tags[URI_TAG], []).append(run)
-        keys = set()
+        keys, late = set(), 0
         for name in healthy:
-            (run,) = found[f"models:/{name}/1"]
+            runs = found[f"models:/{name}/1"]
+            (run,) = [run for run in runs if run.info.status != "FAILED"]
+            late += len(runs) - 1  # past the deadline in one sweep, audited by the next
             tags = self.client.get_model_version(name, "1").tags
             assert run.info.status == "FINISHED", name
             assert set(tags) == VERSION_TAGS, (name, tags)
@@ -332,7 +335,8 @@ class Soak:
         audited = sum(sweep.get("audited", 0) for sweep in sweeps)
         return {
             "healthy_audited_once": len(healthy), "failures_named": len(self.failures),
-            "sweep_runs": sorted(states), "audited_by_sweeps_that_ended": audited,
+            "sweep_runs": sorted(states), "late_and_again": late,
+            "audited_by_sweeps_that_ended": audited,
         }  # fmt: skip
 
     def tasks(self) -> list[tuple[float, float]]:
@@ -401,10 +405,13 @@ def table(found: Json) -> str:
                 cells.append("")
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
+    row("models", lambda run: run["models"])
+    row("of them broken", lambda run: len(run["broken"]))
     row(
         "killed (after finished audits)",
         lambda run: ", ".join(f"{f['kill']} ({f['after_audits']})" for f in run["faults"]),
     )
+    row("stopped as a whole, and gone on", lambda run: run["stopped_as_a_whole"])
     row("sweeps until all was done", lambda run: len(run["sweeps"]))
     row("healthy models audited exactly once", lambda run: run["checked"]["healthy_audited_once"])
     row("failures named", lambda run: run["checked"]["failures_named"])
