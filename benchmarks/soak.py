@@ -13,7 +13,7 @@ sweep's run is left RUNNING, no process is left over. Anything else ends with an
 
 `--overhead N` measures, without faults and with one worker, what an audit takes beyond the
 estimation itself: the time of its task minus `flataudit/duration_seconds`. Results are written to
-benchmarks/soak.json; runs that are not asked for keep theirs.
+benchmarks/soak.json, and from there to docs/operations.md; runs that are not asked for keep theirs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "soak.json"
+PAGE = ROOT / "docs" / "operations.md"
 RUNNERS = ("processes", "dask")
 SHARE = 0.05  # of the models that are broken
 WORKERS = 2
@@ -93,6 +94,8 @@ def main() -> None:
             found["overhead"] = soak.overhead(given.overhead)
             given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
+    if given.out == RESULT:
+        PAGE.write_text(published(PAGE.read_text(), found))
 
 
 def described() -> Json:
@@ -387,6 +390,20 @@ def _is_worker(pid: int) -> bool:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def published(page: str, found: Json) -> str:
+    """The page with the block between `<!-- table: soak -->` and `<!-- end -->` made anew."""
+    before, _, rest = page.partition("<!-- table: soak -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    on = found["machine"]
+    libraries = ", ".join(f"{name} {number}" for name, number in on["libraries"].items())
+    told = (
+        f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['system']}, Python"
+        f" {on['python']}, {libraries}."
+    )
+    block = f"<!-- table: soak -->\n{table(found)}\n\n{told}\n<!-- end -->"
+    return f"{before}{block}{after}"
 
 
 def table(found: Json) -> str:
