@@ -13,7 +13,7 @@ sweep's run is left RUNNING, no process is left over. Anything else ends with an
 
 `--overhead N` measures, without faults and with one worker, what an audit takes beyond the
 estimation itself: the time of its task minus `flataudit/duration_seconds`. Results are written to
-benchmarks/soak.json; runs that are not asked for keep theirs.
+benchmarks/soak.json, and from there to docs/operations.md; runs that are not asked for keep theirs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = Path(__file__).parent / "soak.json"
+PAGE = ROOT / "docs" / "operations.md"
 RUNNERS = ("processes", "dask")
 SHARE = 0.05  # of the models that are broken
 WORKERS = 2
@@ -66,27 +67,35 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=40.0, help="seconds of one audit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fleet", type=Path, help="made here once, and used again")
+    parser.add_argument("--work", type=Path, help="stores of the sweeps, kept for --limit")
+    parser.add_argument("--limit", type=float, help="seconds; then all is killed, to be continued")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     if "dask" in given.runners and find_spec("prefect_dask") is None:
         parser.error("expected prefect-dask for --runners dask; pip install 'flataudit[dask]'")
     found: Json = json.loads(given.out.read_text()) if given.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="flataudit-soak-") as folder:
-        work = Path(folder)
+        work = given.work or Path(folder)
         fleet = given.fleet or work / "fleet"
         failures = planted(given.models, SHARE, given.seed)
         if not fleet.exists():
             build(fleet, given.models, failures)
-        found |= {"machine": described(), "models": given.models, "broken": failures}
+        found["machine"] = described()
         for runner in given.runners:
             soak = Soak(work / runner, fleet, failures, runner, given)
-            found[runner] = soak.run()
+            measured = soak.run()
+            if measured is None:
+                return say(f"{runner}: stopped at the limit; the same command goes on")
+            found[runner] = measured
             given.out.write_text(json.dumps(found, indent=1) + "\n")
         if given.overhead:
             soak = Soak(work / "overhead", fleet, failures, "threads", given)
             found["overhead"] = soak.overhead(given.overhead)
             given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
+    if given.out == RESULT:
+        PAGE.write_text(published(PAGE.read_text(), found))
 
 
 def described() -> Json:
@@ -127,8 +136,13 @@ class Soak:
     def __init__(
         self, folder: Path, fleet: Path, failures: dict[str, str], runner: str, given: Any
     ) -> None:
-        shutil.copytree(fleet, folder)
-        (folder / "prefect").mkdir()
+        if not folder.exists():
+            shutil.copytree(fleet, folder)
+            (folder / "prefect").mkdir()
+        self.state = folder / "state.json"  # of a soak that was stopped at its limit
+        self.before: Json = {"seconds": 0.0, "faults": [], "sweeps": [], "stops": 0}
+        if self.state.exists():
+            self.before = json.loads(self.state.read_text())
         self.folder, self.failures, self.runner, self.given = folder, failures, runner, given
         self.random = random.Random(f"{given.seed} {runner}")
         env = environment()
@@ -150,12 +164,14 @@ class Soak:
         self.left_over: set[int] = set()
         self.started = time.monotonic()
 
-    def run(self) -> Json:
-        """The sweep with its faults; what was measured, once all has been checked."""
+    def run(self) -> Json | None:
+        """The sweep with its faults; what was measured, once all has been checked.
+
+        None where it was stopped at the limit: everything is killed at once, one more fault.
+        """
         healthy = self.given.models - len(self.failures)
-        faults = self.drawn(healthy)
-        told: list[Json] = []
-        sweeps: list[Json] = []
+        told, sweeps = self.before["faults"], self.before["sweeps"]
+        faults = self.drawn(healthy)[len(told) :]
         try:
             flow = self.flow(PREFIX + "*")
             while True:
@@ -170,15 +186,21 @@ class Soak:
                     time.sleep(faults[0]["delay"])
                     told.append(self.kill(faults.pop(0), flow))
                     say(f"{self.runner}: {told[-1]}")
+                if self.given.limit and time.monotonic() - self.started > self.given.limit:
+                    stopped = {"seconds": self.seconds(), "stops": self.before["stops"] + 1}
+                    self.state.write_text(json.dumps(stopped | {"faults": told, "sweeps": sweeps}))
+                    return None
                 time.sleep(0.5)
-            seconds = time.monotonic() - self.started
+            seconds = self.seconds()
             checked = self.check(sweeps)
             tasks = self.tasks()
         finally:
             flow.kill()
             self.end()
         return {
-            "workers": WORKERS, "sweeps": sweeps, "faults": told, "checked": checked,
+            "models": self.given.models, "broken": self.failures, "workers": WORKERS,
+            "sweeps": sweeps, "faults": told, "checked": checked,
+            "stopped_as_a_whole": self.before["stops"],
             "seconds": round(seconds, 1), "audits_per_minute": round(60 * healthy / seconds, 1),
             "audit": self.summary(tasks),
         }  # fmt: skip
@@ -195,7 +217,12 @@ class Soak:
         finally:
             self.end()
         # The first audit of a process starts the server that forks: it is not warm.
-        return {"workers": 1, "sweep": row, "audit": self.summary(tasks[1:])}
+        return {
+            "models": models, "workers": 1, "sweep": row, "audit": self.summary(tasks[1:]),
+        }  # fmt: skip
+
+    def seconds(self) -> float:
+        return float(self.before["seconds"]) + time.monotonic() - self.started
 
     # --- the faults ---
 
@@ -211,14 +238,15 @@ class Soak:
         ]  # fmt: skip
 
     def kill(self, fault: Json, flow: Process) -> Json:
-        after = round(time.monotonic() - self.started, 1)
+        after = round(self.seconds(), 1)
         pids = [flow.process.pid, *(worker.process.pid for worker in self.cluster[1:])]
         workers = [pid for of in pids for pid in descendants(of) if _is_worker(pid)]
         if fault["kill"] == "flow":
             self.left_over |= set(descendants(flow.process.pid))
             os.kill(flow.process.pid, signal.SIGKILL)  # and not its group: workers end themselves
         elif fault["kill"] == "worker":
-            assert workers, "expected a worker to kill"
+            if not workers:  # they have only begun to start
+                raise RuntimeError(f"expected a worker to kill: {flow.tail()}")
             chosen = self.random.choice(workers)
             self.left_over |= {chosen, *descendants(chosen)}
             os.kill(chosen, signal.SIGKILL)
@@ -276,9 +304,11 @@ class Soak:
         found: dict[str, list[Any]] = {}
         for run in self.audits():
             found.setdefault(run.data.tags[URI_TAG], []).append(run)
-        keys = set()
+        keys, late = set(), 0
         for name in healthy:
-            (run,) = found[f"models:/{name}/1"]
+            runs = found[f"models:/{name}/1"]
+            (run,) = [run for run in runs if run.info.status != "FAILED"]
+            late += len(runs) - 1  # past the deadline in one sweep, audited by the next
             tags = self.client.get_model_version(name, "1").tags
             assert run.info.status == "FINISHED", name
             assert set(tags) == VERSION_TAGS, (name, tags)
@@ -308,7 +338,8 @@ class Soak:
         audited = sum(sweep.get("audited", 0) for sweep in sweeps)
         return {
             "healthy_audited_once": len(healthy), "failures_named": len(self.failures),
-            "sweep_runs": sorted(states), "audited_by_sweeps_that_ended": audited,
+            "sweep_runs": sorted(states), "late_and_again": late,
+            "audited_by_sweeps_that_ended": audited,
         }  # fmt: skip
 
     def tasks(self) -> list[tuple[float, float]]:
@@ -361,10 +392,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def published(page: str, found: Json) -> str:
+    """The page with the block between `<!-- table: soak -->` and `<!-- end -->` made anew."""
+    before, _, rest = page.partition("<!-- table: soak -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    on = found["machine"]
+    libraries = ", ".join(f"{name} {number}" for name, number in on["libraries"].items())
+    told = (
+        f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['system']}, Python"
+        f" {on['python']}, {libraries}."
+    )
+    block = f"<!-- table: soak -->\n{table(found)}\n\n{told}\n<!-- end -->"
+    return f"{before}{block}{after}"
+
+
 def table(found: Json) -> str:
     lines = [
-        f"{found['models']} models, {len(found['broken'])} of them broken",
-        "",
         "| | processes | Dask | one worker, no faults |",
         "|---|---|---|---|",
     ]
@@ -379,10 +422,13 @@ def table(found: Json) -> str:
                 cells.append("")
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
+    row("models", lambda run: run["models"])
+    row("of them broken", lambda run: len(run["broken"]))
     row(
         "killed (after finished audits)",
         lambda run: ", ".join(f"{f['kill']} ({f['after_audits']})" for f in run["faults"]),
     )
+    row("stopped as a whole, and gone on", lambda run: run["stopped_as_a_whole"])
     row("sweeps until all was done", lambda run: len(run["sweeps"]))
     row("healthy models audited exactly once", lambda run: run["checked"]["healthy_audited_once"])
     row("failures named", lambda run: run["checked"]["failures_named"])

@@ -224,10 +224,10 @@ def close_ended(
     closed = []
     with suppress(Exception):
         client = _client()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
+        experiment = ensure_experiment(EXPERIMENT)
         ours = f"tags.`{PIPELINE_TAG}` = {quoted(pipeline.name)}"
         running = "attributes.status = 'RUNNING'"
-        for run in client.search_runs([experiment.experiment_id], f"{ours} and {running}"):
+        for run in client.search_runs([experiment], f"{ours} and {running}"):
             tags, other = run.data.tags, run.info.run_id
             if other == run_id or URI_TAG in tags:  # an audit is completed by its own key
                 continue

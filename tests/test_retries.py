@@ -358,9 +358,9 @@ def test_killed_in_a_second_audit_the_version_is_unaudited(store, faults, monkey
 
 def test_without_the_last_mark_the_verdict_stands(store, faults, caplog):
     """All but the policy's tag is written: the audit counts as logged, the version as unaudited."""
-    source = register("unmarked")
+    source, probe = register("unmarked"), register("probe")
     faults.now()
-    log(register("probe"), "probe")
+    log(probe, "probe")
     last = tags_set(faults.names)[-1]
     faults.now(range(last, last + TRIES))
     with caplog.at_level(logging.WARNING):

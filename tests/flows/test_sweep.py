@@ -373,3 +373,16 @@ def test_settings_are_checked(monkeypatch):
     monkeypatch.setitem(sys.modules, "prefect_dask", None)
     with pytest.raises(InputError, match=r"pip install 'flataudit\[dask\]'"):
         task_runner()
+
+
+@pytest.mark.slow
+def test_no_stage_is_said_unasked(server, fleet, tmp_path):
+    """The table says what came of it; the lines are at the Prefect server, or where asked for."""
+    one = {"name": "fleet-a", "select": "version", "version": 1}
+    path = write(tmp_path, fleet, model=one, options={"seed": 10})
+    done = flataudit(server, fleet, tmp_path, "run", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 audited" in done.stdout
+    done = flataudit(server, fleet, tmp_path, "run", path, FLATAUDIT_LOG="text")
+    assert "load end models:/fleet-a/1" in done.stderr
+    assert "1 audited already" in done.stdout
