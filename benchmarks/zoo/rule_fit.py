@@ -31,6 +31,7 @@ from benchmarks.zoo.rules import (
     blend,
     calibration,
     decided,
+    decision_list_heldout,
     geometric,
     number,
     oracle,
@@ -330,6 +331,7 @@ def fit(rows: Sequence[Row], *, draws: int = 200) -> Json:
         "as above, LOO where under-confident": lambda row: (
             LOO(row) if branch(row) == "under" else told[row["name"]]["rule"]
         ),
+        "decision list, calibration by 200 held-out labels": decision_list_heldout,
         "decision list of 0002": first_list,
         "paper: soft rank if calibrated, else TIC": paper,
         "always soft rank": SOFT_RANK,

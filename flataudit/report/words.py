@@ -259,19 +259,21 @@ def classifies(report: Report) -> bool:
 
 def reliance(report: Report) -> tuple[str, list[str]]:
     """Whether the prediction may be relied on, in words, and why; if not, every reason why not."""
-    doubts = report.get("confidence_reasons")
-    if doubts:
-        return RELIANCE.get(report["confidence"], RELIANCE["refused"]), list(doubts)
+    guessed = report["penalty"]["source"] == "evidence"
     known = (
-        "what held the weights back in training (the penalty) is known: "
+        "it is not known how the model was trained, so the penalty is a guess"
+        if guessed
+        else "what held the weights back in training (the penalty) is known: "
         + PENALTY_SOURCES[report["penalty"]["source"]]
     )
-    if report["penalty"]["source"] == "evidence":
-        known = "it is not known how the model was trained, so the penalty is a guess"
+    label = RELIANCE.get(report["confidence"], RELIANCE["refused"])
+    doubts = report.get("confidence_reasons")
+    if doubts:
+        return label, list(doubts) + [known] * (not guessed)
     reasons = [known, _direction_reason(report["calibration"])]
     if any(w["code"] == "train_saturated" for w in report["warnings"]):
         reasons.append("the training data are fitted to the last detail")
-    return RELIANCE.get(report["confidence"], RELIANCE["refused"]), reasons
+    return label, reasons
 
 
 def calibration_text(report: Report) -> str:

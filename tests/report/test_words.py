@@ -195,7 +195,12 @@ def test_what_the_interval_holds_is_said(calibrated: Any) -> None:
 def test_every_reason_of_a_low_confidence_is_given(change: Any, confidence: Any) -> None:
     doubts = ("the penalty is a guess", "the model is over-confident")
     report = change(confidence=confidence, confidence_reasons=doubts)
-    assert words.reliance(report) == (words.RELIANCE[confidence], list(doubts))
+    label, reasons = words.reliance(report)
+    assert (label, reasons[:2]) == (words.RELIANCE[confidence], list(doubts))
+    assert len(reasons) == 3
+    assert "is known" in reasons[2]
+    report["penalty"]["source"] = "evidence"  # what is guessed is said once
+    assert words.reliance(report)[1] == list(doubts)
 
 
 @pytest.mark.parametrize(

@@ -139,5 +139,5 @@ def test_the_committed_results_keep_what_the_issue_asks_of_intervals_and_ok():
     scores = found["scores"]["all"]
     ours = scores["decision list, out of data set"]["excess_mean_capped"]["value"]
     rivals = [name for name in scores if name.startswith(("always", "paper", "decision list of"))]
-    assert len(rivals) == 6
+    assert len(rivals) == 6, rivals
     assert all(scores[name]["excess_mean_capped"]["value"] > ours for name in rivals)
