@@ -259,7 +259,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
                 loss = torch.nn.functional.cross_entropy(model(x[at : at + 100]), y[at : at + 100])
                 loss.backward()
 
-        for m in (1, 8, 32):
+        for m in (1, 8):
             v = torch.randn(problem.n_rows, m, dtype=torch.float64)
             row: dict[str, object] = {"network": name, "vectors": m}
             reference = None

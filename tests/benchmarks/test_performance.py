@@ -82,6 +82,12 @@ def test_matrix_free_solvers_held_what_they_promise():
         )
 
 
+def test_a_product_costs_at_most_three_passes():
+    assert {row["vectors"] for row in MATRIX_FREE["products"]} >= {1, 8}
+    for row in MATRIX_FREE["products"]:
+        assert row["float64"]["ratio"] <= 3.0
+
+
 def test_machine_is_described():
     for found in (PEERS["machine"], SCALING["machine"]):
         assert found["threads"] >= 1
