@@ -5,8 +5,9 @@
 Everything that is chosen here is chosen on nine data sets and scored on the tenth, in turn: the
 estimate for each of the two branches that the method leaves open (`OPEN`), and the model error of
 each estimator, which makes the intervals wider. `flataudit.selection` holds what the ten together
-say; intervals and confidence are those of that list, with the other nine sets' model errors. The criterion is the mean over data sets of the mean excess error, capped at `CAP` so that
-no single model, whose gap is within noise of 0, decides.
+say; intervals and confidence are those of that list, with the other nine sets' model errors. The
+criterion is the mean over data sets of the mean excess error, capped at `CAP` so that no single
+model, whose gap is within noise of 0, decides.
 """
 
 from __future__ import annotations
