@@ -184,8 +184,11 @@ class Soak:
                     flow = self.flow(PREFIX + "*")
                 if faults and len(self.audits("FINISHED")) >= faults[0]["finished"]:
                     time.sleep(faults[0]["delay"])
-                    told.append(self.kill(faults.pop(0), flow))
-                    say(f"{self.runner}: {told[-1]}")
+                    done = self.kill(faults[0], flow)
+                    if done is not None:
+                        told.append(done)
+                        del faults[0]
+                        say(f"{self.runner}: {done}")
                 if self.given.limit and time.monotonic() - self.started > self.given.limit:
                     stopped = {"seconds": self.seconds(), "stops": self.before["stops"] + 1}
                     self.state.write_text(json.dumps(stopped | {"faults": told, "sweeps": sweeps}))
@@ -237,16 +240,19 @@ class Soak:
             for target, share in zip(targets, shares, strict=True)
         ]  # fmt: skip
 
-    def kill(self, fault: Json, flow: Process) -> Json:
+    def kill(self, fault: Json, flow: Process) -> Json | None:
+        """What was killed and when; None where no worker, or no flow, is there to be killed."""
         after = round(self.seconds(), 1)
         pids = [flow.process.pid, *(worker.process.pid for worker in self.cluster[1:])]
         workers = [pid for of in pids for pid in descendants(of) if _is_worker(pid)]
         if fault["kill"] == "flow":
+            if not flow.running():
+                return None
             self.left_over |= set(descendants(flow.process.pid))
             os.kill(flow.process.pid, signal.SIGKILL)  # and not its group: workers end themselves
         elif fault["kill"] == "worker":
-            if not workers:  # they have only begun to start
-                raise RuntimeError(f"expected a worker to kill: {flow.tail()}")
+            if not workers:
+                return None
             chosen = self.random.choice(workers)
             self.left_over |= {chosen, *descendants(chosen)}
             os.kill(chosen, signal.SIGKILL)

@@ -229,6 +229,8 @@ def run_audit(
         failure = error if isinstance(error, FlatauditError) else _failed(error)
         if write:
             log_failure(loaded, str(failure), values)
+        if failure is error:
+            raise
         raise failure from error
     history = _history(loaded, options)
     result = _compared(_with_all_labels(result, loaded, options), history)

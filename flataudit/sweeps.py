@@ -152,7 +152,7 @@ def broken_off(key: str, source: ModelSource) -> str | None:
             if source.kind != "registry":
                 return None
             tags = client.get_model_version(str(source.name), str(source.version)).tags
-            return str(audit_id) if _unwritten(tags, run) else None
+            return str(audit_id) if _unwritten(tags, run) or not _is_whole(tags) else None
         return str(audit_id)
 
 
@@ -176,7 +176,8 @@ def _unwritten(tags: Mapping[str, str], run: Run) -> bool:
     of_run = run.data.tags
     if tags.get(RUN_ID) == run.info.run_id:
         return tags.get(VERDICT) != of_run.get(VERDICT) or not _is_whole(tags)
-    return tags.get(AUDITED_AT, "") < of_run.get(AUDITED_AT, "")
+    # Of the same second it is not known which came first: to write it again does no harm.
+    return tags.get(AUDITED_AT, "") <= of_run.get(AUDITED_AT, "")
 
 
 def _is_whole(tags: Mapping[str, str]) -> bool:

@@ -216,6 +216,7 @@ def test_failures_are_on_record(failures, error, write):
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
     assert failures == ([str(caught.value)] if write else [])
+    assert caught.value.__cause__ is not caught.value  # which no process pool can send back
     if isinstance(error, FlatauditError):
         assert caught.value is error
     else:

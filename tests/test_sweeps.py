@@ -137,10 +137,13 @@ def audited(client):
             KEY_TAG: "abc",
             "flataudit.model_uri": "models:/fleet-a/1",
             "flataudit.audited_at": at,
+            "flataudit.verdict": verdict,
         }
         run_id = client.create_run(experiment, tags=tags).info.run_id
         client.set_terminated(run_id, status)
         shown = {"audited_at": written or at, "verdict": verdict, "policy": tracking.policy_hash()}
+        if written is None:
+            shown["run_id"] = run_id
         for key, value in shown.items():
             client.set_model_version_tag("fleet-a", "1", f"flataudit.{key}", value)
         return run_id
