@@ -39,7 +39,7 @@ class SelectionPolicy:
     premise_z: float = 2.5758  # ... and significant at 1 %
     disagreement: float = 2.0  # largest over smallest of soft rank, TIC and LOO
     leverage: float = 0.9  # largest eigenvalue of some Q_i
-    samples_per_rank: float = 10.0  # n / soft rank below: the interval is a lower bound
+    samples_per_rank: float = 10.0  # n / soft rank below: the sampling error is a lower bound
     shift_level: float = 0.01  # p-value of the inputs' two-sample test below ...
     shift_distance: float = 0.1  # ... and a Kolmogorov distance from here on
 

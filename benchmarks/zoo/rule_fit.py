@@ -5,8 +5,9 @@
 Everything that is chosen here is chosen on nine data sets and scored on the tenth, in turn: the
 estimate for each of the two branches that the method leaves open (`OPEN`), and the model error of
 each estimator, which makes the intervals wider. `flataudit.selection` holds what the ten together
-say. The criterion is the mean over data sets of the mean excess error, capped at `CAP` so that
-no single model, whose gap is within noise of 0, decides.
+say; intervals and confidence are those of that list, with the other nine sets' model errors. The
+criterion is the mean over data sets of the mean excess error, capped at `CAP` so that no single
+model, whose gap is within noise of 0, decides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,23 @@ from benchmarks.zoo import statistics as s
 from benchmarks.zoo.grid import grid
 from benchmarks.zoo.rules import (
     CALIBRATED,
-    ESTIMATES,
+    LOO,
+    RECALIBRATED,
+    SOFT_RANK,
+    TIC,
     Decided,
+    Row,
+    Rule,
     blend,
+    both,
     calibration,
     decided,
     decision_list_heldout,
+    first_list,
     geometric,
+    nearest,
+    never_sharper,
     number,
-    oracle,
     paper,
 )
 from benchmarks.zoo.scores import read
@@ -43,8 +52,6 @@ from flataudit.results import LEVEL, Z_LEVEL, Estimate, Estimates, Gap, PenaltyI
 from flataudit.selection import Observations, SelectionPolicy, choose_confidence, widened
 
 Json = dict[str, Any]
-Row = Mapping[str, Any]
-Rule = Callable[[Row], float | None]
 Flags = NDArray[np.bool_]
 
 OUT = Path(__file__).with_name("rule_fit.json")
@@ -58,36 +65,6 @@ FAMILIES = {
 }
 
 
-def record(name: str) -> Rule:
-    """The estimate `name` at the record's penalty."""
-    return lambda row: number(row, f"record_{name}")
-
-
-def both(first: Rule, second: Rule) -> Rule:
-    """The geometric mean of two estimates; the first where the second does not exist."""
-
-    def rule(row: Row) -> float | None:
-        a, b = first(row), second(row)
-        return a if a is None or b is None or a <= 0 or b <= 0 else math.sqrt(a * b)
-
-    return rule
-
-
-def never_sharper(inner: Rule) -> Rule:
-    """`inner`, and the soft rank where recalibration would sharpen the model; LOO where it does
-    not exist, as without classes."""
-
-    def rule(row: Row) -> float | None:
-        scale = number(row, "record_scale")
-        if scale is None:
-            return number(row, "record_loo")
-        return inner(row) if scale < 1.0 else number(row, "record_soft_rank")
-
-    return rule
-
-
-SOFT_RANK, TIC, LOO = record("soft_rank"), record("tic"), record("loo")
-RECALIBRATED = record("soft_rank_recalibrated")
 OPEN: dict[str, dict[str, Rule]] = {
     "linear": {
         "loo": LOO,
@@ -130,27 +107,6 @@ def with_choice(choice: Mapping[str, str]) -> Rule:
         return LOO(row) if found is None else found
 
     return rule
-
-
-def first_list(row: Row) -> float | None:
-    """The decision list before this evidence (docs/decisions/0002-selection.md)."""
-    c, saturated = calibration(row), bool(row["by_loo_saturated"])
-    if c.verdict == "insufficient":
-        return LOO(row)
-    if c.verdict in CALIBRATED:
-        return SOFT_RANK(row)
-    if c.direction == "under":
-        return TIC(row)
-    doubtful = c.direction in ("over", "mixed") or saturated or c.verdict == "miscalibrated"
-    again = RECALIBRATED(row) if doubtful and row["architecture"] != "glm" else None
-    return LOO(row) if again is None else again
-
-
-def nearest(row: Row) -> float | None:
-    """The oracle's estimate, also of a gap at or below 0, where there is no ratio."""
-    values = [number(row, f"record_{name}") for name in ESTIMATES]
-    known = [value for value in values if value is not None]
-    return oracle(row) if row["gap"] > 0 else min(known, key=lambda v: abs(v - row["gap"]))
 
 
 def excess(rows: Sequence[Row], rule: Rule) -> s.Floats:

@@ -15,6 +15,7 @@ from flataudit.results import Calibration, EstimatorName
 from flataudit.selection import choose_estimator
 
 Row = Mapping[str, Any]
+Rule = Callable[[Row], float | None]
 CALIBRATED = ("calibrated", "within_tolerance")
 ESTIMATES = ("soft_rank", "tic", "loo", "soft_rank_recalibrated")
 BLENDED = ("soft_rank", "soft_rank_recalibrated")
@@ -119,7 +120,60 @@ def oracle(row: Row) -> float | None:
     return min(positive, key=lambda value: abs(math.log(value / gap)))
 
 
-RULES: dict[str, Callable[[Row], float | None]] = {
+def record(name: str) -> Rule:
+    """The estimate `name` at the record's penalty."""
+    return lambda row: number(row, f"record_{name}")
+
+
+def both(first: Rule, second: Rule) -> Rule:
+    """The geometric mean of two estimates; the first where the second does not exist."""
+
+    def rule(row: Row) -> float | None:
+        a, b = first(row), second(row)
+        return a if a is None or b is None or a <= 0 or b <= 0 else math.sqrt(a * b)
+
+    return rule
+
+
+def never_sharper(inner: Rule) -> Rule:
+    """`inner`, and the soft rank where recalibration would sharpen the model; LOO where it does
+    not exist, as without classes."""
+
+    def rule(row: Row) -> float | None:
+        scale = number(row, "record_scale")
+        if scale is None:
+            return number(row, "record_loo")
+        return inner(row) if scale < 1.0 else number(row, "record_soft_rank")
+
+    return rule
+
+
+SOFT_RANK, TIC, LOO = record("soft_rank"), record("tic"), record("loo")
+RECALIBRATED = record("soft_rank_recalibrated")
+
+
+def first_list(row: Row) -> float | None:
+    """The decision list before this evidence (docs/decisions/0002-selection.md)."""
+    c, saturated = calibration(row), bool(row["by_loo_saturated"])
+    if c.verdict == "insufficient":
+        return LOO(row)
+    if c.verdict in CALIBRATED:
+        return SOFT_RANK(row)
+    if c.direction == "under":
+        return TIC(row)
+    doubtful = c.direction in ("over", "mixed") or saturated or c.verdict == "miscalibrated"
+    again = RECALIBRATED(row) if doubtful and row["architecture"] != "glm" else None
+    return LOO(row) if again is None else again
+
+
+def nearest(row: Row) -> float | None:
+    """The oracle's estimate, also of a gap at or below 0, where there is no ratio."""
+    values = [number(row, f"record_{name}") for name in ESTIMATES]
+    known = [value for value in values if value is not None]
+    return oracle(row) if row["gap"] > 0 else min(known, key=lambda v: abs(v - row["gap"]))
+
+
+RULES: dict[str, Rule] = {
     "rule_paper": paper,
     "rule_list": decision_list,
     "rule_list_heldout": decision_list_heldout,
