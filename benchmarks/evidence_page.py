@@ -299,7 +299,9 @@ def marks(evidence: Evidence) -> list[Mark]:
         for regime in REGIMES
         for rival in by_verdict(evidence, regime).get("behind", ())
     )
-    said_where = ", ".join(f"{rival} in {n} regimes" for rival, n in behind.most_common())
+    said_where = "; ".join(
+        f"{rival} in {n} regime{'s' * (n > 1)}" for rival, n in behind.most_common()
+    )
     found.append(
         Mark("ahead of every training-only baseline in every regime", "or said where not",
              f"behind {said_where}; listed below" if behind else "nowhere behind", not behind)
