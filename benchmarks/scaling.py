@@ -43,7 +43,7 @@ SERIES: dict[str, tuple[str, str, list[tuple[int, int, int]]]] = {
         "n_rows",
         [  # n, side of the image, K
             *[(n, 14, 10) for n in (125, 250, 500, 1000)],
-            *[(n, 20, 10) for n in (250, 500, 1000, 1500)],
+            *[(n, 20, 10) for n in (250, 500, 1000)],
         ],
     ),
     "product-n": ("product", "n", [(n, 100, 10) for n in (500, 1000, 2000, 4000)]),

@@ -21,7 +21,7 @@ from flataudit.models.sklearn import Subject, as_network
 from flataudit.preparation import prepared_problem
 from flataudit.sensitivity import wants_sensitivity
 from flataudit.solvers import SOLVERS, choose
-from flataudit.solvers.base import EIGENVALUE_LIMIT, SPECTRUM, Penalty
+from flataudit.solvers.base import EIGENVALUE_LIMIT, SPECTRUM, Penalty, cholesky_work
 from flataudit.tensors import as_pair
 
 Json = dict[str, Any]
@@ -119,7 +119,7 @@ def operations(
     small = min(p, n) <= EIGENVALUE_LIMIT
     solves = 2.0 + (2.0 if varied else 0.0) + (EVIDENCE_SOLVES if evidence and not small else 0.0)
     spectra = (1.0 + evidence) if small else 0.0
-    return solves * once + spectra * SPECTRUM * size[solver] ** 3 / 3
+    return solves * once + spectra * SPECTRUM * cholesky_work(size[solver])
 
 
 @cache

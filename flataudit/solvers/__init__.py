@@ -29,6 +29,7 @@ from flataudit.solvers.base import (
     Penalty,
     Solver,
     Work,
+    cholesky_work,
 )
 from flataudit.solvers.dual import Dual
 from flataudit.solvers.free import free_bytes, free_parameters
@@ -203,7 +204,8 @@ def exact_work(problem: Problem, penalty: Penalty) -> dict[str, float]:
     sides = {"primal": float(problem.n_params), "dual": float(problem.n_rows)}
     shown = min(sides.values()) <= EIGENVALUE_LIMIT
     return {
-        key: solver.work(problem, penalty) + (SPECTRUM * sides[key] ** 3 / 3 if shown else 0.0)
+        key: solver.work(problem, penalty)
+        + (SPECTRUM * cholesky_work(sides[key]) if shown else 0.0)
         for key, solver in SOLVERS.items()
     }
 

@@ -18,6 +18,9 @@ Penalty = Mapping[str, Tensor]  # D by parameter name, the parameter's shape
 # differentiated, not computed. Measured on networks of 63 to 25,000 parameters; a chunk of rows by
 # reverse mode waits for memory and dispatch, so that this is rough, and matters for small P alone.
 JACOBIAN = 1500.0
+# What an operation of a Cholesky, and of a triangular solve or inverse, takes beside one of a
+# matrix product: at side 3,000 in float64, 2.05 and 1.36 on one core (docs/performance.md).
+CHOLESKY, TRIANGULAR = 2.0, 1.4
 EIGENVALUE_LIMIT = 4000  # side of a matrix up to which its spectrum is computed
 SPECTRUM = 14.0  # Choleskys that the eigenvalues of one matrix cost
 _NO_EIGENVALUES = (
@@ -159,7 +162,7 @@ class Solver(Protocol):
         ...
 
     def work(self, problem: Problem, penalty: Penalty) -> float:
-        """Floating-point operations of `solve`, about: those of its matrix products and factors."""
+        """Floating-point operations of `solve`, about, at the speed of a matrix product."""
         ...
 
     def solve(
@@ -167,6 +170,11 @@ class Solver(Protocol):
     ) -> FunctionalVariance:
         """The functional variance; NumericalError where a factorisation breaks down."""
         ...
+
+
+def cholesky_work(side: float) -> float:
+    """Operations of a Cholesky, at the speed of a matrix product."""
+    return CHOLESKY * side**3 / 3
 
 
 def spectrum_of(matrix: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from flataudit.errors import NumericalError
 from flataudit.solvers.base import (
     EIGENVALUE_LIMIT,
     JACOBIAN,
+    TRIANGULAR,
     FunctionalVariance,
     Penalty,
+    cholesky_work,
     pseudo_inverse_root,
     spectrum_of,
 )
@@ -43,7 +45,8 @@ class Dual:
         counted = gram_work(problem, penalty)
         rows, k = float(problem.n_rows), problem.n_columns
         # The Cholesky and the triangular inverse; blocks X_i'X_i; X'B0 and what follows from it.
-        factor = 2 * rows**3 / 3 + rows**2 * k + 2 * rows**2 * counted.free
+        factor = cholesky_work(rows) + TRIANGULAR * rows**3 / 3
+        factor += rows**2 * k + 2 * rows**2 * counted.free
         return counted.products + JACOBIAN * counted.entries + factor
 
     def solve(

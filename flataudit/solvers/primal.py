@@ -19,8 +19,10 @@ from flataudit.errors import NumericalError
 from flataudit.solvers.base import (
     EIGENVALUE_LIMIT,
     JACOBIAN,
+    TRIANGULAR,
     FunctionalVariance,
     Penalty,
+    cholesky_work,
     pseudo_inverse_root,
     spectrum_of,
 )
@@ -41,7 +43,8 @@ class Primal:
         p, rows, k = float(problem.n_params), float(problem.n_rows), problem.n_columns
         jacobian = 2 * JACOBIAN * rows * p  # twice: for G, and to be whitened
         # B'B, the triangular solve for every row, the blocks Q_i; the Cholesky.
-        return jacobian + 2 * rows * p**2 + rows * p**2 + 2 * rows * k * p + p**3 / 3
+        products = 2 * rows * p**2 + TRIANGULAR * rows * p**2 + 2 * rows * k * p
+        return jacobian + products + cholesky_work(p)
 
     def solve(
         self, problem: Problem, penalty: Penalty, *, spectrum: bool = False
