@@ -48,11 +48,13 @@ def test_kfac_reference_is_what_was_measured():
 
 
 def test_exact_methods_agree_in_the_results():
+    first: dict[str, dict] = {}
     for row in PEERS["rows"]:
-        exact = page.exact_row(row["case"], PEERS["rows"])
         if row["status"] == "done" and METHODS[row["method"]].kind == "exact":
+            exact = first.setdefault(row["case"], row)
             for key in ("soft_rank", "tic", "loo"):
                 assert row[key] == pytest.approx(exact[key], rel=1e-8), row["method"]
+    assert len(first) >= 3
 
 
 def test_results_name_no_host_and_no_path():
@@ -65,7 +67,7 @@ def test_results_name_no_host_and_no_path():
 def test_rows_of_a_case_are_of_the_same_weights():
     for case in page.PUBLISHED:
         done = [r for r in PEERS["rows"] if r["case"] == case and r["status"] == "done"]
-        assert len({r["weights"] for r in done}) <= 1, case
+        assert len({r.get("weights") for r in done}) <= 1, case
 
 
 def test_matrix_free_solvers_held_what_they_promise():
