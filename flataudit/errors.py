@@ -51,6 +51,10 @@ class NumericalError(FlatauditError, ArithmeticError):
     """A factorisation failed although the input looked sound; the message lists likely causes."""
 
 
+class BreakdownError(NumericalError):
+    """A Cholesky factorisation met a pivot that is not positive; another solver may get through."""
+
+
 class MemoryPlanError(InputError):
     """The exact audit does not fit into memory; the message names the size and the alternatives."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flataudit import penalty as penalties
 from flataudit.curvature.problem import Problem
-from flataudit.errors import InputError, MemoryPlanError, NumericalError
+from flataudit.errors import BreakdownError, InputError, MemoryPlanError, NumericalError
 from flataudit.estimates import measure_soft_rank
 from flataudit.families import Gaussian
 from flataudit.penalty import EstimatorPenalty, GradientMoments, PenaltyArgument
@@ -90,21 +90,25 @@ def penalised_fit(
 
     penalty: 'auto', a number or numbers by parameter name; record: used where the penalty is
     'auto'; own: the model's own penalty, used where neither is given; dispersion: 'auto' or the
-    Gaussian variance; work: how a matrix-free solver runs. A solver that runs out of memory is
-    followed by the next one where `solver` is 'auto'.
+    Gaussian variance; work: how a matrix-free solver runs. A solver that runs out of memory
+    or breaks down is followed by the next one where `solver` is 'auto'.
     """
     work = work or Work()
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     while True:
         try:
             return _penalised_fit(problem, penalty, record, dispersion, solver, own, work, failed)
         except _OutOfMemoryError as error:
-            failed.append(error.solver)
+            failed[error.solver] = "ran out of memory"
             if solver != "auto":
                 raise MemoryPlanError(
                     f"expected solver={solver} to get through with the memory there is, got an"
                     " allocation that failed; use solver=auto, fewer samples or more memory"
                 ) from error
+        except BreakdownError:
+            if solver != "auto" or "dual" in failed:
+                raise
+            failed["dual"] = "broke down"
         gc.collect()  # the failed run's arrays hang on its traceback
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -141,7 +145,7 @@ def _penalised_fit(
     solver: str,
     own: EstimatorPenalty | None,
     work: Work,
-    failed: list[str],
+    failed: dict[str, str],
 ) -> PenalisedFit:
     started = time.perf_counter()
     gaussian = problem.family.name == "gaussian"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flataudit import audit
-from flataudit.errors import FlatauditError, InputError, NumericalError
+from flataudit.errors import BreakdownError, FlatauditError, InputError, NumericalError
 from flataudit.penalty import norm
 from flataudit.solvers.base import pseudo_inverse_root, spectrum_of
 
@@ -65,6 +65,15 @@ def test_poisson_rates_out_of_range_are_judged(output):
     assert math.isfinite(report.estimates.tic.gap)
     assert math.isfinite(report.estimates.tic.centred)
     assert all(math.isfinite(p) for p in report.calibration.p_values.values())
+
+
+def test_a_factorisation_that_breaks_down_is_followed_by_the_other():
+    data = (torch.ones(3, 1, dtype=torch.float64), torch.tensor([9000, 8000, 7000]))
+    report = audit(line(300.0), data, family="poisson", penalty=1.0)
+    assert report.solver.name == "primal"
+    assert report.solver.reason.endswith(", dual broke down")
+    with pytest.raises(BreakdownError, match="use solver=primal"):
+        audit(line(300.0), data, family="poisson", penalty=1.0, solver="dual")
 
 
 def test_estimates_out_of_range_are_a_named_error():

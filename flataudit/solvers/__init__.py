@@ -9,7 +9,7 @@ error. kfac, never chosen by `auto`, states only how far off it was elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,15 +99,16 @@ def select(
     *,
     work: Mapping[str, float],
     affordable: bool = True,
-    failed: Collection[str] = (),
+    failed: Mapping[str, str] | None = None,
     free: tuple[int, int] = (0, 0),
 ) -> Choice:
     """The exact solver with less work that fits into memory, else a matrix-free one. Pure.
 
     name: a solver or `auto`; n_params P; n_rows N = n K'; plans: peak bytes by solver, of those
     that come into question; available: bytes; work: operations of the exact solvers; affordable:
-    whether sampling's work is; failed: solvers that ran out of memory although the plan fitted,
-    which `auto` passes over; free: P0 unpenalised parameters and the bytes of their N x P0 columns.
+    whether sampling's work is; failed: how solvers failed that `auto` passes over, as "ran out of
+    memory" although the plan fitted; free: P0 unpenalised parameters and the bytes of their
+    N x P0 columns.
 
     Raises:
         InputError: unknown solver.
@@ -118,6 +119,7 @@ def select(
     'P = 650 parameters, N = 2700 rows: 9e+09 operations, 1.3e+10 for dual'
     """
     check_name(name)
+    failed = failed or {}
     first, second = sorted(("primal", "dual"), key=lambda each: work[each])
     sizes = f"P = {n_params} parameters, N = {n_rows} rows"
     compared = f"{sizes}: {work[first]:.2g} operations, {work[second]:.2g} for {second}"
@@ -140,12 +142,13 @@ def select(
                 " or more memory"
             )
         return Choice(name, f"asked for; {sizes}", plans[name])
-    lost = "".join(f", {each} ran out of memory" for each in failed)
+    lost = "".join(f", {each} {how}" for each, how in failed.items())
     if plans[first] <= available and first not in failed:
         return Choice(first, compared + lost, plans[first])
     if plans[second] <= available and second not in failed:
         more = f"{work[second]:.2g} operations, {work[first]:.2g} for {first}"
-        reason = f"{sizes}: {more}, but {first} needs {human(plans[first])} of {human(available)}"
+        short = f", but {first} needs {human(plans[first])} of {human(available)}"
+        reason = f"{sizes}: {more}" + (short if plans[first] > available else "")
         return Choice(second, reason + lost, plans[second])
     needs = (
         f"an exact solver needs {human(min(plans[first], plans[second]))} of {human(available)}"
@@ -170,9 +173,12 @@ def select(
     )
 
 
-def choose(name: str, problem: Problem, penalty: Penalty, failed: Collection[str] = ()) -> Choice:
+def choose(
+    name: str, problem: Problem, penalty: Penalty, failed: Mapping[str, str] | None = None
+) -> Choice:
     """`select` for this problem on its device."""
     check_name(name)
+    failed = failed or {}
     available = available_bytes(problem.device)
     plans = {key: solver.plan(problem, penalty) for key, solver in SOLVERS.items()}
     affordable = True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flataudit.curvature.gram import gram, gram_bytes, gram_work
 from flataudit.curvature.problem import Problem
-from flataudit.errors import NumericalError
+from flataudit.errors import BreakdownError
 from flataudit.solvers.base import (
     EIGENVALUE_LIMIT,
     JACOBIAN,
@@ -118,7 +118,7 @@ def invert_lower_(lower: Tensor) -> None:
 
 def _check(info: int) -> None:
     if info:
-        raise NumericalError(
+        raise BreakdownError(
             f"expected a positive definite Gram matrix, got a breakdown at row {info}; likely"
             " causes: a penalty far below 1e-14 of the curvature, or weights near overflow;"
             " raise the penalty or use solver=primal"

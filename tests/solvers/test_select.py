@@ -69,6 +69,7 @@ def test_named_solver_is_not_advised_to_use_one_that_does_not_fit():
     assert "use solver=primal" not in str(caught.value)
 
 
+LOST = "ran out of memory"
 FOUR = {"primal": 9 * GB, "dual": 12 * GB, "sampling": 5 * GB, "lanczos": 3 * GB}
 
 
@@ -78,13 +79,18 @@ FOUR = {"primal": 9 * GB, "dual": 12 * GB, "sampling": 5 * GB, "lanczos": 3 * GB
         ({}, {}, "sampling", "P = 30 parameters, N = 40 rows; an exact solver needs 9 GB of 8"),
         ({}, {"affordable": False}, "lanczos", "sampling would take more than about an hour"),
         ({"sampling": 9 * GB}, {}, "lanczos", "an exact solver needs 9 GB of 8 GB"),
-        ({}, {"failed": ["sampling"]}, "lanczos", "sampling ran out of memory"),
-        ({"primal": GB, "dual": GB}, {"failed": ["primal"]}, "dual", "primal ran out of memory"),
+        ({}, {"failed": {"sampling": LOST}}, "lanczos", "sampling ran out of memory"),
         (
             {"primal": GB, "dual": GB},
-            {"failed": ["primal", "dual"]},
+            {"failed": {"primal": LOST}},
+            "dual",
+            "primal ran out of memory",
+        ),
+        (
+            {"primal": GB, "dual": GB},
+            {"failed": {"primal": LOST, "dual": "broke down"}},
             "sampling",
-            "no exact solver got through, primal ran out of memory, dual ran out of memory",
+            "no exact solver got through, primal ran out of memory, dual broke down",
         ),
     ],
 )
@@ -139,7 +145,7 @@ def test_choose_goes_beyond_the_exact_sizes(monkeypatch):
     monkeypatch.setitem(solvers.AFFORDABLE, "cpu", 1.0)
     assert choose("auto", built.problem, built.penalty).name == "lanczos"
     with pytest.raises(MemoryPlanError, match="lanczos ran out of memory"):
-        choose("auto", built.problem, built.penalty, ["lanczos"])
+        choose("auto", built.problem, built.penalty, {"lanczos": LOST})
 
 
 def test_product_flops_are_those_of_two_passes():
