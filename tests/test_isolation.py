@@ -284,7 +284,7 @@ def test_it_ends_with_its_caller(how, tmp_path):
         assert not any(gone(pid) for pid in (*pids, server))
     finally:
         os.killpg(parent.pid, how)
-        assert parent.wait(30) != 0
+        assert parent.wait(120) != 0
     assert all_gone([*pids, server])
     assert soon(lambda: list(folder.iterdir()) == [])
 
