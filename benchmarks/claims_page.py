@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.claims import pending
-from benchmarks.performance_page import BLOCK, machine_line
+from benchmarks.common.pages import machine_line, pyplot, rendered, save
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "claims.md"
@@ -123,7 +123,7 @@ def render(page: str, found: dict[str, Any]) -> str:
         "wide": lambda: slope_table(measured, "wide"),
         "regimes": lambda: regimes_table(measured),
     }
-    return BLOCK.sub(lambda m: f"{m.group(1)}{tables[m.group(2)]()}\n{m.group(3)}", page)
+    return rendered(page, lambda name: tables[name]())
 
 
 def pick(measured: Iterable[Result], claim: int, family: str) -> list[Result]:
@@ -248,12 +248,6 @@ def regimes_table(measured: list[Result]) -> str:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
-    from benchmarks.performance_page import _pyplot as common
-
-    return common()
-
-
 def _errorbar(axis: Any, x: list[float], ratios: list[Ratio], name: str, **options: Any) -> None:
     style: dict[str, Any] = {
         "marker": MARKS[name], "color": COLOURS[name], "label": ESTIMATES[name], "markersize": 4,
@@ -263,9 +257,22 @@ def _errorbar(axis: Any, x: list[float], ratios: list[Ratio], name: str, **optio
     axis.errorbar(x, [r.value for r in ratios], yerr=[2 * r.se for r in ratios], **style)
 
 
+def _mark_one(axis: Any) -> None:
+    """Where an estimate is the gap, and the band in which it is said to hold."""
+    axis.axhspan(1 - HOLDS, 1 + HOLDS, color="#eeeeee", zorder=0)
+    axis.axhline(1.0, color="#888888", linewidth=0.8)
+
+
+def _finish(figure: Any, axis: Any, path: Path, *, columns: int) -> None:
+    """One legend for all panels, that of `axis`; and the file."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    save(figure, path)
+
+
 def draw_calibrated(measured: list[Result], path: Path) -> None:
     """Estimates over the true gap against n, a panel per family."""
-    plt = _pyplot()
+    plt = pyplot()
     families = [f for f in FAMILIES if pick(measured, 1, f)]
     figure, axes = plt.subplots(
         1, len(families), figsize=(2.5 * len(families), 3.1), sharey=True, squeeze=False,
@@ -274,8 +281,7 @@ def draw_calibrated(measured: list[Result], path: Path) -> None:
     for axis, family in zip(axes[0], families, strict=True):
         mine = sorted(pick(measured, 1, family), key=lambda r: r.n)
         sizes = [r.n for r in mine]
-        axis.axhspan(1 - HOLDS, 1 + HOLDS, color="#eeeeee", zorder=0)
-        axis.axhline(1.0, color="#888888", linewidth=0.8)
+        _mark_one(axis)
         for name in ("tic", "loo", "soft_rank"):
             _errorbar(axis, sizes, [r.ratio(name) for r in mine], name)
         _errorbar(
@@ -290,15 +296,12 @@ def draw_calibrated(measured: list[Result], path: Path) -> None:
         axis.set_xlabel("n")
     axes[0, 0].set_ylabel("estimate / true gap (± 2 SE)")
     axes[0, 0].set_ylim(0.0, 2.0)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    _finish(figure, axes[0, 0], path, columns=4)
 
 
 def draw_variance(measured: list[Result], path: Path) -> None:
     """Gaussian with a stated variance: estimates over gap against that variance, by n."""
-    plt = _pyplot()
+    plt = pyplot()
     mine = pick(measured, 2, "gaussian")
     sizes = sorted({r.n for r in mine})
     figure, axes = plt.subplots(
@@ -308,8 +311,7 @@ def draw_variance(measured: list[Result], path: Path) -> None:
     for axis, n in zip(axes[0], sizes, strict=True):
         here = sorted((r for r in mine if r.n == n), key=lambda r: r.variance)
         x = [r.variance for r in here]
-        axis.axhspan(1 - HOLDS, 1 + HOLDS, color="#eeeeee", zorder=0)
-        axis.axhline(1.0, color="#888888", linewidth=0.8)
+        _mark_one(axis)
         for name in ("soft_rank", "tic", "loo"):
             _errorbar(axis, x, [r.ratio(name) for r in here], name)
         axis.set_xscale("log", base=2)
@@ -320,15 +322,12 @@ def draw_variance(measured: list[Result], path: Path) -> None:
         axis.set_title(f"n = {n:,}", fontsize=9)
         axis.set_xlabel("stated / true variance")
     axes[0, 0].set_ylabel("estimate / true gap (± 2 SE)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    _finish(figure, axes[0, 0], path, columns=3)
 
 
 def draw_slopes(measured: list[Result], path: Path) -> None:
     """Classifiers: estimates over gap against the true slope, by family and n."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [
         ("softmax", 0.0, "softmax regression"),
         ("wide", 0.0, "network 20-40-10"),
@@ -350,8 +349,7 @@ def draw_slopes(measured: list[Result], path: Path) -> None:
             axis.set_visible(bool(here))
             if not here:
                 continue
-            axis.axhspan(1 - HOLDS, 1 + HOLDS, color="#eeeeee", zorder=0)
-            axis.axhline(1.0, color="#888888", linewidth=0.8)
+            _mark_one(axis)
             axis.axvline(1.0, color="#888888", linewidth=0.8)
             for name in ESTIMATES:
                 known = [(r.slope, each) for r in here if (each := r.ratio(name))]
@@ -371,10 +369,7 @@ def draw_slopes(measured: list[Result], path: Path) -> None:
     for column in axes.T:
         lowest = [axis for axis in column if axis.get_visible()][-1]
         lowest.set_xlabel("true slope: < 1 over-, > 1 under-confident")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    _finish(figure, axes[0, 0], path, columns=4)
 
 
 def main() -> None:

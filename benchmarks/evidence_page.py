@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow.parquet as pq
 
-from benchmarks.performance_page import machine_line
+from benchmarks.common.pages import machine_line, pyplot, rendered, save
 from benchmarks.zoo.rule_fit import observed
 from benchmarks.zoo.rules import decided
 from benchmarks.zoo.scores import FEWEST_GROUPS, OURS, RIVALS, read, with_rules
@@ -35,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "benchmarks" / "zoo"
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     OURS: "**the audit's choice**",
     "rule_oracle": "nearest of the four, knowing the truth",
@@ -115,11 +113,7 @@ def main() -> None:
 
 def render(page: str, evidence: Evidence) -> str:
     """The page with every block made anew."""
-
-    def block(found: re.Match[str]) -> str:
-        return f"{found.group(1)}{TABLES[found.group(2)](evidence)}\n{found.group(3)}"
-
-    return BLOCK.sub(block, page)
+    return rendered(page, lambda name: TABLES[name](evidence))
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -511,19 +505,6 @@ COLOURS = {"ours": "#0b69a8", "low": "#e39a1f", "rival": "#8a949e", "held": "#c2
 SMALLEST = 0.004  # nats: the left end of the picture
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "flataudit", "font.size": 9, "axes.spines.top": False,
-         "axes.spines.right": False}
-    )  # fmt: skip
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def kinds(evidence: Evidence) -> list[tuple[str, list[Json]]]:
     """The rows of linear models and of networks."""
     linear = [row for row in evidence.rows if row["architecture"] == "glm"]
@@ -533,7 +514,7 @@ def kinds(evidence: Evidence) -> list[tuple[str, list[Json]]]:
 
 def draw_truth(evidence: Evidence, path: Path) -> None:
     """The predicted gap against the true one, log-log, by confidence; below 0: at the rim."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.3), sharex=True, sharey=True,
                                 constrained_layout=True)  # fmt: skip
     for axis, (title, rows) in zip(axes, kinds(evidence), strict=True):
@@ -558,8 +539,7 @@ def draw_truth(evidence: Evidence, path: Path) -> None:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel("predicted gap")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_errors(evidence: Evidence, path: Path) -> None:
@@ -569,7 +549,7 @@ def draw_errors(evidence: Evidence, path: Path) -> None:
     from benchmarks.zoo.rules import number
     from benchmarks.zoo.statistics import log_errors
 
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.1), sharey=True, constrained_layout=True)
     lines = (
         (OURS, "the audit's choice", COLOURS["ours"], "-", 2.2),
@@ -597,13 +577,12 @@ def draw_errors(evidence: Evidence, path: Path) -> None:
         axis.grid(color="#eceff2", lw=0.6)
     axes[0].set_ylabel("% of the models")
     axes[1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_ranks(evidence: Evidence, path: Path) -> None:
     """Kendall's tau with its interval: the audit's choice and every baseline."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.3), sharey=True, constrained_layout=True)
     columns = [OURS, "record_loo", "record_soft_rank", "record_tic", "held_gap", *RIVALS]
     taus = {c: of(evidence, "nets", c, "kendall")["value"] for c in columns}
@@ -631,8 +610,7 @@ def draw_ranks(evidence: Evidence, path: Path) -> None:
         axis.set_xlabel("Kendall's tau with the true gap")
         labels = [name(column).replace("*", "") for column in columns]
         axis.set_yticks(range(len(columns)), labels)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

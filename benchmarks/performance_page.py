@@ -10,7 +10,6 @@ flataudit/solvers/kfac_reference.py. The text around the blocks is written by ha
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common.cases import CASES
 from benchmarks.common.methods import METHODS
+from benchmarks.common.pages import machine_line, pyplot, rendered, save
 from benchmarks.scaling import exponents
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 REFERENCE = ROOT / "flataudit" / "solvers" / "kfac_reference.py"
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PUBLISHED = [name for name in CASES if not name.startswith("tiny-")]
 SERIES = {
     "dual-n": "dual, over n (784-100-10)",
@@ -53,36 +52,24 @@ def render(
 ) -> str:
     """The page with every block made anew."""
 
-    def block(found: re.Match[str]) -> str:
-        name = found.group(2)
+    def table(name: str) -> str:
         if name == "machine":
-            text = machine_line(peers["machine"])
-        elif name == "scaling":
-            text = scaling_table(scaling["points"])
-        elif name == "choice":
-            text = choice_table(scaling["points"])
-        elif name == "matrix-free":
-            text = matrix_free_table(matrix_free)
-        elif name == "single":
-            text = single_table(matrix_free["products"])
-        elif name == "kfac":
-            text = kfac_table(peers["rows"])
-        elif name == "open":
-            text = open_line(peers["rows"])
-        else:
-            text = peers_table(name, peers["rows"])
-        return f"{found.group(1)}{text}\n{found.group(3)}"
+            return machine_line(peers["machine"])
+        if name == "scaling":
+            return scaling_table(scaling["points"])
+        if name == "choice":
+            return choice_table(scaling["points"])
+        if name == "matrix-free":
+            return matrix_free_table(matrix_free)
+        if name == "single":
+            return single_table(matrix_free["products"])
+        if name == "kfac":
+            return kfac_table(peers["rows"])
+        if name == "open":
+            return open_line(peers["rows"])
+        return peers_table(name, peers["rows"])
 
-    return BLOCK.sub(block, page)
-
-
-def machine_line(found: dict[str, Any]) -> str:
-    libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
-    threads = "one thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    return (
-        f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB, {threads};"
-        f" {found['system']}, Python {found['python']}, {libraries}."
-    )
+    return rendered(page, table)
 
 
 def peers_table(case: str, rows: list[dict[str, Any]]) -> str:
@@ -296,25 +283,12 @@ def _number(value: float) -> str:
 # --- figures ------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "flataudit", "font.size": 9, "axes.spines.top": False,
-         "axes.spines.right": False}
-    )  # fmt: skip
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 COLOURS = {"exact": "#1b6ca8", "estimate": "#d1720a", "approximation": "#8a8a8a"}
 
 
 def draw_peers(peers: dict[str, Any], path: Path) -> None:
     """CPU time against the error of the soft rank, one panel per case; ours filled."""
-    plt = _pyplot()
+    plt = pyplot()
     rows = [r for r in peers["rows"] if r["status"] == "done"]
     cases = [c for c in PUBLISHED if exact_row(c, rows)]
     lines = [sum(r["case"] == case for r in rows) for case in cases]
@@ -353,13 +327,12 @@ def draw_peers(peers: dict[str, Any], path: Path) -> None:
     figure.legend(
         handles, [f"{kind}" for kind in COLOURS], loc="outside upper right", ncols=3, frameon=False
     )
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_scaling(scaling: dict[str, Any], path: Path) -> None:
     """CPU time against size, log-log, with the limit dashed and fitted exponents in the titles."""
-    plt = _pyplot()
+    plt = pyplot()
     found = exponents(scaling["points"])
     names = [name for name in SERIES if name in found]
     columns = 2
@@ -387,8 +360,7 @@ def draw_scaling(scaling: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common.fleet import PREFIX, TOLD, make_fleet, planted
 from benchmarks.common.machine import machine
+from benchmarks.common.pages import rendered, software
 from benchmarks.common.servers import Process, dask_cluster, mlflow_server, prefect_server
 from flataudit.keys import AUDIT_ID, DURATION, EXPERIMENT, RUN_ID, URI_TAG, VERDICT
 from flataudit.processes import descendants
@@ -399,17 +400,10 @@ def say(text: str) -> None:
 
 
 def published(page: str, found: Json) -> str:
-    """The page with the block between `<!-- table: soak -->` and `<!-- end -->` made anew."""
-    before, _, rest = page.partition("<!-- table: soak -->\n")
-    _, _, after = rest.partition("<!-- end -->")
+    """The page with the soak's table made anew."""
     on = found["machine"]
-    libraries = ", ".join(f"{name} {number}" for name, number in on["libraries"].items())
-    told = (
-        f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; {on['system']}, Python"
-        f" {on['python']}, {libraries}."
-    )
-    block = f"<!-- table: soak -->\n{table(found)}\n\n{told}\n<!-- end -->"
-    return f"{before}{block}{after}"
+    told = f"{on['processor']}, {on['cores']} cores, {on['memory_gib']} GiB; {software(on)}."
+    return rendered(page, lambda name: f"{table(found)}\n\n{told}")
 
 
 def table(found: Json) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from flataudit.results import (
+    SEVERITIES,
     AuditWarning,
     Calibration,
     ConfidenceLevel,
@@ -78,15 +79,14 @@ def choose_estimator(
         return "soft_rank", f"the model is {how}, so soft rank / n is the expected gap"
     if verdict == "miscalibrated" and direction == "under" and not saturated:
         return "tic", "the model is under-confident, so TIC takes the soft rank's place"
+    without_loo = "leave-one-out does not exist here, the soft rank stands in"
     if linear or verdict == "unknown":
         why = (
             "the model is linear in its parameters, where leave-one-out is best"
             if linear
             else "calibration is unknown"
         )
-        if has_loo:
-            return "loo", why
-        return "soft_rank", f"{why}; leave-one-out does not exist here, the soft rank stands in"
+        return ("loo", why) if has_loo else ("soft_rank", f"{why}; {without_loo}")
     kind = _blend_reason(calibration, saturated)
     if scale is not None and scale < 1.0:
         return "soft_rank_blend", (
@@ -97,7 +97,7 @@ def choose_estimator(
         return "soft_rank", f"{kind}; recalibration would sharpen it, so the soft rank is taken"
     if has_loo:
         return "loo", f"{kind}; recalibration is undefined here, so leave-one-out is taken"
-    return "soft_rank", f"{kind}; leave-one-out does not exist here, the soft rank stands in"
+    return "soft_rank", f"{kind}; {without_loo}"
 
 
 def _blend_reason(calibration: Calibration, saturated: bool) -> str:
@@ -197,8 +197,13 @@ def is_contradicted(gap: Gap, heldout: HeldoutFit | None) -> bool:
     have no point in common."""
     if heldout is None:
         return False
-    half = NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
+    half = _half_width(gap, heldout)
     return heldout.gap - half > gap.high or heldout.gap + half < gap.low
+
+
+def _half_width(gap: Gap, heldout: HeldoutFit) -> float:
+    """Of the measured gap's interval, at the level of the predicted one."""
+    return NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
 
 
 def _has_high_leverage(seen: Observations, policy: SelectionPolicy) -> bool:
@@ -226,8 +231,7 @@ def collect_warnings(
         *_shift_warnings(seen, policy),
         *_solver_warnings(seen),
     ]
-    order: tuple[Severity, ...] = ("critical", "high", "warn", "info", "none")
-    return tuple(sorted(found, key=lambda w: order.index(w.severity)))
+    return tuple(sorted(found, key=lambda w: -SEVERITIES.index(w.severity)))
 
 
 def _calibration_warnings(seen: Observations) -> list[AuditWarning]:
@@ -311,7 +315,7 @@ def _heldout_warnings(seen: Observations) -> list[AuditWarning]:
     gap, heldout = seen.gap, seen.heldout
     if heldout is None or not is_contradicted(gap, heldout):
         return []
-    half = NormalDist().inv_cdf(0.5 + gap.level / 2) * heldout.gap_se
+    half = _half_width(gap, heldout)
     return [
         AuditWarning(
             "prediction_contradicted",

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -25,17 +24,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.servers import answers, free_port
 from tests.shells import environment
 
 START = 180  # seconds; a busy machine needs most of a minute to make MLflow's tables
 BACKENDS = ("sqlite", "postgresql")
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def missing_postgresql() -> str | None:
@@ -107,7 +100,7 @@ def mlflow_process(database: str, folder: Path, port: int) -> Iterator[subproces
     )
     log = folder / "server.log"
     with _process(command, log=log, cwd=folder, env=env) as process:
-        _wait(process, lambda: _healthy(f"{url}/health"), log)
+        _wait(process, lambda: answers(f"{url}/health"), log)
         yield process
 
 
@@ -121,7 +114,7 @@ def prefect_process(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     env = environment(PREFECT_HOME=str(home), PREFECT_SERVER_ANALYTICS_ENABLED="false")
     log = home / "server.log"
     with _process(command, log=log, cwd=home, env=env) as process:
-        _wait(process, lambda: _healthy(f"http://127.0.0.1:{port}/api/health"), log)
+        _wait(process, lambda: answers(f"http://127.0.0.1:{port}/api/health"), log)
         yield process
 
 
@@ -206,14 +199,6 @@ def _wait(process: subprocess.Popen[bytes], ready: Any, log: Path) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def program(name: str) -> str | None:

@@ -17,6 +17,7 @@ PATIENCE = 180.0  # seconds; a busy machine needs most of a minute to make MLflo
 
 
 def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -38,7 +39,7 @@ class Process:
                 start_new_session=True, env=self.env, cwd=self.log.parent,
             )  # fmt: skip
         until = time.monotonic() + PATIENCE
-        while self.ready is not None and not _answers(self.ready):
+        while self.ready is not None and not answers(self.ready):
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{self.command} did not start: {self.tail()}")
             time.sleep(0.1)
@@ -107,7 +108,8 @@ def dask_cluster(folder: Path, env: Mapping[str, str], workers: int) -> tuple[st
     return address, [scheduler, *found]
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether the address is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)

@@ -46,7 +46,7 @@ from benchmarks.zoo.rules import (
     number,
     paper,
 )
-from benchmarks.zoo.scores import read
+from benchmarks.zoo.scores import finite, read, rounded
 from benchmarks.zoo.store import read_rows
 from flataudit.results import LEVEL, Z_LEVEL, Estimate, Estimates, Gap, PenaltyInfo
 from flataudit.selection import Observations, SelectionPolicy, choose_confidence, widened
@@ -236,7 +236,7 @@ def rule_scores(rows: Sequence[Row], rule: Rule, draws: int) -> Json:
     for name, measure in measures.items():
         low, high = s.bootstrap(measure, groups, draws=draws, level=LEVEL)
         value = measure(np.ones(len(rows)))
-        found[name] = {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
+        found[name] = {"value": finite(value), "low": finite(low), "high": finite(high)}
     return found
 
 
@@ -391,10 +391,6 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -405,19 +401,11 @@ def main() -> None:
     arguments.add_argument("--draws", type=int, default=200, help="of the bootstrap")
     given = arguments.parse_args()
     found = fit(load(given.results), draws=given.draws)
-    text = json.dumps(_rounded(found), indent=1, allow_nan=False)
+    text = json.dumps(rounded(found), indent=1, allow_nan=False)
     given.out.write_text(text + "\n", encoding="utf-8")
     for regime in found["scores"]:
         print(table(found, regime), end="\n\n")
     print(json.dumps({k: found[k] for k in ("choice", "model_error", "confidence")}, indent=1))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return value
 
 
 if __name__ == "__main__":

@@ -33,9 +33,25 @@ def calibration(row: Row, evidence: str = "loo") -> Calibration:
     return Calibration(evidence=evidence, n=row["n_train"], **found)  # type: ignore[arg-type]
 
 
-def blend(row: Row) -> float | None:
-    """Geometric mean of the soft rank and the recalibrated one."""
-    return _geometric(row, "record_soft_rank", "record_soft_rank_recalibrated")
+def record(name: str) -> Rule:
+    """The estimate `name` at the record's penalty."""
+    return lambda row: number(row, f"record_{name}")
+
+
+def both(first: Rule, second: Rule) -> Rule:
+    """The geometric mean of two estimates; the first where the second does not exist."""
+
+    def rule(row: Row) -> float | None:
+        a, b = first(row), second(row)
+        return a if a is None or b is None or a <= 0 or b <= 0 else math.sqrt(a * b)
+
+    return rule
+
+
+SOFT_RANK, TIC, LOO = record("soft_rank"), record("tic"), record("loo")
+RECALIBRATED = record("soft_rank_recalibrated")
+blend = both(SOFT_RANK, RECALIBRATED)
+_loo_and_recalibrated = both(LOO, RECALIBRATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +114,8 @@ def chosen_by_heldout(row: Row) -> float | None:
 def geometric(row: Row) -> float | None:
     """TIC where under-confident, else the geometric mean of LOO and the recalibrated soft rank."""
     if row.get("by_loo_direction") == "under":
-        return number(row, "record_tic")
-    return _geometric(row, "record_loo", "record_soft_rank_recalibrated")
-
-
-def _geometric(row: Row, *names: str) -> float | None:
-    """The geometric mean of two columns; the first where the second does not exist."""
-    first, second = (number(row, name) for name in names)
-    if first is None or second is None or first <= 0 or second <= 0:
-        return first
-    return math.sqrt(first * second)
+        return TIC(row)
+    return _loo_and_recalibrated(row)
 
 
 def oracle(row: Row) -> float | None:
@@ -118,21 +126,6 @@ def oracle(row: Row) -> float | None:
     if gap is None or gap <= 0 or not positive:
         return None
     return min(positive, key=lambda value: abs(math.log(value / gap)))
-
-
-def record(name: str) -> Rule:
-    """The estimate `name` at the record's penalty."""
-    return lambda row: number(row, f"record_{name}")
-
-
-def both(first: Rule, second: Rule) -> Rule:
-    """The geometric mean of two estimates; the first where the second does not exist."""
-
-    def rule(row: Row) -> float | None:
-        a, b = first(row), second(row)
-        return a if a is None or b is None or a <= 0 or b <= 0 else math.sqrt(a * b)
-
-    return rule
 
 
 def never_sharper(inner: Rule) -> Rule:
@@ -146,10 +139,6 @@ def never_sharper(inner: Rule) -> Rule:
         return inner(row) if scale < 1.0 else number(row, "record_soft_rank")
 
     return rule
-
-
-SOFT_RANK, TIC, LOO = record("soft_rank"), record("tic"), record("loo")
-RECALIBRATED = record("soft_rank_recalibrated")
 
 
 def first_list(row: Row) -> float | None:

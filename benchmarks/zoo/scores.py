@@ -124,8 +124,8 @@ def information(
     )  # fmt: skip
     return {
         "value": float(array.mean()),
-        "low": _null(low),
-        "high": _null(high),
+        "low": finite(low),
+        "high": finite(high),
         "tasks": len(array),
     }
 
@@ -208,7 +208,7 @@ def floor(rows: Sequence[Mapping[str, Any]]) -> Json:
     names = ("kendall", "error_median", "error_p90")
     means = np.mean(found, axis=0)
     return {"n": len(rows)} | {
-        name: _null(value) for name, value in zip(names, means, strict=True)
+        name: finite(value) for name, value in zip(names, means, strict=True)
     }  # fmt: skip
 
 
@@ -242,10 +242,10 @@ def beside(rows: Sequence[Mapping[str, Any]], rival: str, *, draws: int = 200) -
     for name, (mine, other) in scores.items():
         low, high = _interval(lambda w, a=mine, b=other: _difference(b(w), a(w)), groups, draws)
         found[name] = {
-            "ours": _null(mine(ones)),
-            "theirs": _null(other(ones)),
-            "low": _null(low),
-            "high": _null(high),
+            "ours": finite(mine(ones)),
+            "theirs": finite(other(ones)),
+            "low": finite(low),
+            "high": finite(high),
         }
     return found
 
@@ -322,7 +322,7 @@ def table(found: Json, regime: str = "all") -> str:
 def dump(found: Json) -> str:
     """JSON with four decimals, one line per estimate."""
     lines = []
-    for regime, parts in _rounded(found).items():
+    for regime, parts in rounded(found).items():
         inner = []
         for key, value in parts.items():
             if key in ("scores", "beside"):
@@ -334,10 +334,11 @@ def dump(found: Json) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A result with four decimals, and null where a number is not finite."""
     if isinstance(value, float):
-        return round(value, 4)
-    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return round(value, 4) if math.isfinite(value) else None
+    return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def read(path: Path) -> list[Json]:
@@ -370,10 +371,15 @@ def _interval(measure: s.Score, groups: Sequence[str], draws: int) -> tuple[floa
 
 def _bounded(measure: s.Score, groups: Sequence[str], draws: int) -> Json:
     low, high = _interval(measure, groups, draws)
-    return {"value": _null(measure(np.ones(len(groups)))), "low": _null(low), "high": _null(high)}
+    return {
+        "value": finite(measure(np.ones(len(groups)))),
+        "low": finite(low),
+        "high": finite(high),
+    }
 
 
-def _null(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number, None for NaN and infinity."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -65,9 +65,8 @@ class Sampling:
     dtype: torch.dtype | None = None
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
-        moments = 8 * 2 * (GROUPS + 2) * problem.n_rows * problem.n_columns
-        # Replicates hold their own Q_i and complement.
-        moments += 8 * 2 * GROUPS * problem.n_rows * problem.n_columns
+        # Sums of each group and in all; each replicate's own Q_i and complement.
+        moments = 8 * 2 * (2 * GROUPS + 2) * problem.n_rows * problem.n_columns
         width = max(self.block, problem.n_columns) + 1
         vectors = 8 * 9 * problem.n_rows * width
         return moments + vectors + operator_bytes(problem, penalty, width)
@@ -254,17 +253,18 @@ class _Run:
             """E_i'x by sample, (h, K', K')."""
             return x.view(problem.n_samples, k, h, k)[chosen, :, every]
 
+        def products(a: Tensor, b: Tensor) -> Tensor:
+            """a'b by sample, (h, K', K')."""
+            return torch.einsum("ahk,ahl->hkl", a.view(-1, h, k), b.view(-1, h, k))
+
         def relative(x: Tensor, residuals: Tensor) -> float:
             """The largest eigenvalue of r'r relative to I - Q_i as it stands."""
-            parts = residuals.view(-1, h, k)
-            return largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), _symmetric(own(x)))
+            return largest_ratio(products(residuals, residuals), _symmetric(own(x)))
 
         x, residuals = self._solve(right, relative, {"chosen": chosen}, saved)
         x = operator.project(x)
-        cross = torch.einsum("ahk,ahl->hkl", x.view(-1, h, k), residuals.view(-1, h, k))
-        known = _symmetric(own(x) + cross)
-        parts = residuals.view(-1, h, k)
-        self._check(largest_ratio(torch.einsum("ahk,ahl->hkl", parts, parts), known))
+        known = _symmetric(own(x) + products(x, residuals))
+        self._check(largest_ratio(products(residuals, residuals), known))
         self.refined = torch.cat([self.refined, chosen])
         self.known = torch.cat([self.known, known])
 

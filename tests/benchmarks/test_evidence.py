@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import evidence_page as page
+from benchmarks.common.pages import BLOCK
 from benchmarks.zoo import grid
 from benchmarks.zoo import scores as sc
 from benchmarks.zoo.measure import RESULTS
@@ -27,7 +28,7 @@ def test_page_matches_the_results(evidence):
 
 
 def test_page_shows_every_table_once():
-    names = [name for _, name, _ in page.BLOCK.findall(page.PAGE.read_text(encoding="utf-8"))]
+    names = [name for _, name, _ in BLOCK.findall(page.PAGE.read_text(encoding="utf-8"))]
     assert sorted(names) == sorted(page.TABLES)
 
 

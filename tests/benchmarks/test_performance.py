@@ -12,6 +12,7 @@ from benchmarks import performance_page as page
 from benchmarks.common.cases import load
 from benchmarks.common.measure import measure
 from benchmarks.common.methods import METHODS, NotApplicable
+from benchmarks.common.pages import BLOCK
 from benchmarks.scaling import exponents, slope
 from flataudit.solvers.kfac_reference import REFERENCE
 
@@ -27,7 +28,7 @@ def test_page_matches_the_json():
 
 
 def test_page_shows_every_case_once():
-    names = [name for _, name, _ in page.BLOCK.findall(page.PAGE.read_text())]
+    names = [name for _, name, _ in BLOCK.findall(page.PAGE.read_text())]
     assert len(names) == len(set(names))
     assert set(page.PUBLISHED) < set(names)
 
