@@ -398,7 +398,7 @@ def main() -> None:
     arguments.add_argument("results", type=Path, nargs="?",
                            default=OUT.with_name("results.parquet"))  # fmt: skip
     arguments.add_argument("--out", type=Path, default=OUT)
-    arguments.add_argument("--draws", type=int, default=200, help="of the bootstrap")
+    arguments.add_argument("--draws", type=int, default=400, help="of the bootstrap")
     given = arguments.parse_args()
     found = fit(load(given.results), draws=given.draws)
     text = json.dumps(rounded(found), indent=1, allow_nan=False)
