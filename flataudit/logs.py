@@ -46,7 +46,9 @@ def listen() -> None:
     """
     asked = log_format()
     if asked is None:
-        logging.getLogger("flataudit").addHandler(_warnings)
+        package = logging.getLogger("flataudit")
+        package.addHandler(_warnings)
+        package.propagate = False  # MLflow may give the root a handler, which shows every line
         return
     to_stderr("flataudit", "%(message)s" if asked == "json" else LINE)
 

@@ -6,6 +6,7 @@ imported from the repository root, which `pythonpath` in pyproject.toml puts on 
 `from tests.cases import ...`.
 """
 
+import logging
 import os
 
 import pytest
@@ -21,6 +22,15 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 # Tests never talk to the stores and servers of whoever runs them.
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "PREFECT_API_URL"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _heard():
+    """A command that runs in this process keeps the package's lines from others; tests listen."""
+    package = logging.getLogger("flataudit")
+    before = package.propagate
+    yield
+    package.propagate = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

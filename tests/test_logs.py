@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from mlflow import MlflowClient
@@ -112,6 +113,21 @@ def test_the_stages_of_a_real_audit(lines, monkeypatch, tmp_path):
     assert metrics[keys.LOAD_SECONDS] > 0
     on_model = MlflowClient(models.uri).get_logged_model(found["report"]["model"]["model_id"])
     assert not {keys.PEAK_BYTES, keys.ESTIMATE_SECONDS} & {m.key for m in on_model.metrics}
+
+
+def test_unasked_no_line_reaches_what_libraries_set_up(monkeypatch, capsys, caplog):
+    """As MLflow does where Lightning is installed: logging.basicConfig, with a handler."""
+    caplog.set_level(logging.INFO, logger="flataudit")  # as where the flows are imported
+    monkeypatch.setattr(logging.getLogger("flataudit"), "handlers", [])
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    try:
+        logs.listen()
+        with stage("load", "models:/net/1"):
+            pass
+    finally:
+        root.removeHandler(handler)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_unasked_a_command_shows_warnings_alone(monkeypatch, capsys):
