@@ -136,7 +136,7 @@ def evidence(
     It is unique: one side falls in lambda, the other rises. `tolerance` is relative, in lambda.
 
     soft_rank_at: the soft rank at a scalar penalty; limit: its supremum, min(P, N). It makes
-    early-stopped networks' estimates too large by a factor 2 to 4; penalty_unknown says so.
+    early-stopped networks' estimates too large, as penalty_unknown says with numbers.
     """
     norm = n * sum(float(p.detach().double().square().sum()) for p in params.values())
     if not norm > 0 or not math.isfinite(norm):

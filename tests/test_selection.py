@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
 import pytest
 
 from flataudit.results import (
@@ -32,6 +33,7 @@ from flataudit.selection import (
     widened,
 )
 
+ZOO = Path(__file__).parents[1] / "benchmarks/zoo/results.parquet"
 FITTED = Path(__file__).parents[1] / "benchmarks/zoo/rule_fit.json"
 
 
@@ -330,6 +332,18 @@ WARNINGS = [
     ({"heldout": measured(0.0635, 0.01)}, {"prediction_contradicted": "high"}),
     ({"heldout": measured(0.5, 1.0)}, {}),
 ]
+
+
+def test_the_warning_of_an_unknown_penalty_quotes_the_zoo():
+    """Soft rank of its networks with the evidence's penalty: the median ratio and the 90th one."""
+    zoo = pd.read_parquet(ZOO)
+    networks = zoo[(zoo.architecture != "glm") & (zoo.gap > 0)]
+    ratios = (networks.evidence_soft_rank / networks.gap).dropna()
+    (warning,) = collect_warnings(observed(penalty=penalty("evidence")))
+    assert "half by a third or more, one in ten by a factor of 2.8 or more" in warning.message
+    assert len(ratios) > 200
+    assert ratios.median() == pytest.approx(4 / 3, abs=0.03)
+    assert ratios.quantile(0.9) == pytest.approx(2.8, abs=0.05)
 
 
 @pytest.mark.parametrize(("changes", "wanted"), WARNINGS)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flataudit.errors import NumericalError
+
 DEPENDENT = 1e-10  # a direction this small beside the operator's norm is rounding error
 
 
@@ -103,7 +105,14 @@ class BlockLanczos:
         )
         right = shifted.new_zeros(self.size, self.start.shape[1])
         right[: len(self.start)] = self.start
-        solution: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise NumericalError(
+                "expected a positive semi-definite curvature, got a breakdown in its Krylov space;"
+                " likely causes: weights near overflow, or a penalty far below 1e-14 of the"
+                " curvature; raise the penalty"
+            )
+        solution: Tensor = torch.cholesky_solve(right, lower)
         return solution
 
     def quadratures(self) -> tuple[Tensor, Tensor]:

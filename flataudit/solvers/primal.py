@@ -3,17 +3,22 @@
 With E = G11 + D1 the penalised block (positive definite) and C = G00 - G01 E^-1 G10 the Schur
 complement of the free parameters,
 
-    Q_i = B1 E^-1 B1' + R C^+ R',   R = B0 - B1 E^-1 G10        (rows of sample i)
+    Q_i = Z_i Z_i',  Z_i = [B1 E^-1/2, R C^(+1/2)],  R = B0 - B1 E^-1 G10     (rows of sample i)
 
 so a null space among the free parameters (softmax's class shift, collinear columns) is met by the
-pseudo-inverse of the small matrix C alone.
+pseudo-inverse of the small matrix C alone. For a model that is one Linear layer Z = B T with
+T T' = (G + D)^+, and neither G nor B T needs the rows of B (`flataudit.curvature.linear`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from flataudit.curvature.linear import is_linear_layer, linear_model
 from flataudit.curvature.problem import Problem
 from flataudit.errors import NumericalError
 from flataudit.solvers.base import (
@@ -26,6 +31,7 @@ from flataudit.solvers.base import (
     pseudo_inverse_root,
     spectrum_of,
 )
+from flataudit.solvers.dual import invert_lower_
 
 
 class Primal:
@@ -41,10 +47,16 @@ class Primal:
 
     def work(self, problem: Problem, penalty: Penalty) -> float:
         p, rows, k = float(problem.n_params), float(problem.n_rows), problem.n_columns
-        jacobian = 2 * JACOBIAN * rows * p  # twice: for G, and to be whitened
-        # B'B, the triangular solve for every row, the blocks Q_i; the Cholesky.
-        products = 2 * rows * p**2 + TRIANGULAR * rows * p**2 + 2 * rows * k * p
-        return jacobian + products + cholesky_work(p)
+        if is_linear_layer(problem):
+            # G by pairs of outputs; the triangular inverse; B T, of which half is zero, and S_i'.
+            n, outputs = float(problem.n_samples), problem.n_outputs
+            products = n * p**2 * (1 + 1 / outputs) + TRIANGULAR * p**3 / 3
+            products += n * p**2 + 2 * rows * outputs * p
+        else:
+            products = 2 * JACOBIAN * rows * p  # twice: for G, and to be whitened
+            # B'B and the triangular solve for every row.
+            products += 2 * rows * p**2 + TRIANGULAR * rows * p**2
+        return products + 2 * rows * k * p + cholesky_work(p)  # with the blocks Q_i
 
     def solve(
         self, problem: Problem, penalty: Penalty, *, spectrum: bool = False
@@ -52,57 +64,90 @@ class Primal:
         n, k = problem.n_samples, problem.n_columns
         d = torch.cat([penalty[name].flatten() for name in problem.params])
         tied, free = torch.nonzero(d > 0).flatten(), torch.nonzero(d == 0).flatten()
-        ggn = torch.zeros(len(d), len(d), dtype=torch.float64, device=problem.device)
-        for at in problem.chunks(3 * k * problem.n_params):
-            rows = problem.rows(at).flatten(0, 1)
-            ggn.addmm_(rows.T, rows)
+        model = linear_model(problem)
+        ggn = _ggn(problem) if model is None else model.ggn()
         trace = float(ggn.diagonal().sum())
         # Scaling by D1^-1/2 makes the penalty the identity and the spectrum the ratios.
         scale = d[tied].rsqrt()
-        inner = scale[:, None] * ggn[tied][:, tied] * scale
+        cross, schur = scale[:, None] * ggn[:, free][tied], ggn[free][:, free]
+        inner = ggn if not len(free) else ggn[tied][:, tied]
+        del ggn
+        inner.mul_(scale[:, None]).mul_(scale)
         ratios = None
         if spectrum and len(tied) <= EIGENVALUE_LIMIT:
             ratios = spectrum_of(inner)[: problem.n_rows]
         inner.diagonal().add_(1.0)
-        lower, info = torch.linalg.cholesky_ex(inner)
+        # The transposed view is column-major: torch factors it where it stands.
+        lower, info = inner.mT, torch.empty(0, dtype=torch.int32, device=problem.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info):
             raise NumericalError(
                 f"expected a positive definite penalised GGN, got a breakdown at row {int(info)};"
                 " likely causes: weights near overflow or a penalty far below 1e-14 of the"
                 " curvature; raise the penalty or use solver=dual"
             )
-        cross = torch.linalg.solve_triangular(
-            lower, scale[:, None] * ggn[tied][:, free], upper=False
-        )
-        root = pseudo_inverse_root(ggn[free][:, free] - cross.T @ cross)
-        del ggn
-        q = torch.empty(n, k, k, dtype=torch.float64, device=problem.device)
+        cross = torch.linalg.solve_triangular(lower, cross, upper=False)
+        root = pseudo_inverse_root(schur - cross.T @ cross)
+        factor = _Factor(lower, cross, root, scale, tied, free)
+        q = torch.zeros(n, k, k, dtype=torch.float64, device=problem.device)
         mean = torch.zeros(len(tied) + root.shape[1], dtype=torch.float64, device=problem.device)
-        for at in problem.chunks(3 * k * problem.n_params):
-            rows = problem.rows(at).flatten(0, 1)
-            z = _half(rows, lower, cross, root, scale, tied, free)
-            mean += problem.factor.residual[at].reshape(-1) @ z
-            blocks = z.view(at.stop - at.start, k, -1)
-            q[at] = blocks @ blocks.mT
+        tiles = _tiles(problem, factor) if model is None else model.times(factor.dense())
+        for at, columns, z in tiles:
+            mean[columns] += torch.einsum("ik,ikp->p", problem.factor.residual[at], z)
+            q[at] += z @ z.mT
         eye = torch.eye(k, dtype=torch.float64, device=problem.device)
         return FunctionalVariance(q, eye - q, float(mean.square().sum()) / n, trace, ratios)
 
 
-def _half(
-    rows: Tensor,
-    lower: Tensor,
-    cross: Tensor,
-    root: Tensor,
-    scale: Tensor,
-    tied: Tensor,
-    free: Tensor,
-) -> Tensor:
-    """Z with Z Z' = B (G + D)^+ B' for these rows of B: [B1 E^-1/2, R C^(+1/2)]."""
-    scaled = (rows[:, tied] * scale).T
-    whitened: Tensor = torch.linalg.solve_triangular(lower, scaled, upper=False).T
-    if not len(free):
-        return whitened
-    return torch.cat([whitened, (rows[:, free] - whitened @ cross) @ root], dim=1)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factor:
+    """T with T T' = (G + D)^+: lower L of the scaled E = L L'; cross L^-1 G10; root C^(+1/2)."""
+
+    lower: Tensor
+    cross: Tensor
+    root: Tensor
+    scale: Tensor
+    tied: Tensor
+    free: Tensor
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Z = B T for these rows of B."""
+        scaled = (rows[:, self.tied] * self.scale).T
+        whitened: Tensor = torch.linalg.solve_triangular(self.lower, scaled, upper=False).T
+        if not len(self.free):
+            return whitened
+        rest = rows[:, self.free] - whitened @ self.cross
+        return torch.cat([whitened, rest @ self.root], dim=1)
+
+    def dense(self) -> Tensor:
+        """T itself (P, P1 + rank C), upper triangular but for the last columns; L is used up."""
+        invert_lower_(self.lower)
+        inverse = self.lower.mT.mul_(self.scale[:, None])
+        if not len(self.free):
+            return inverse
+        tied, rank = len(self.tied), self.root.shape[1]
+        t = inverse.new_zeros(tied + len(self.free), tied + rank)
+        t[self.tied, :tied] = inverse
+        t[self.tied, tied:] = -(inverse @ (self.cross @ self.root))
+        t[self.free, tied:] = self.root
+        return t
+
+
+def _ggn(problem: Problem) -> Tensor:
+    """G = B'B (P, P), row by row."""
+    p = problem.n_params
+    ggn = torch.zeros(p, p, dtype=torch.float64, device=problem.device)
+    for at in problem.chunks(3 * problem.n_columns * p):
+        rows = problem.rows(at).flatten(0, 1)
+        ggn.addmm_(rows.T, rows)
+    return ggn
+
+
+def _tiles(problem: Problem, factor: _Factor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Z = B T, chunk by chunk: the samples, all columns, and (c, K', P1 + rank C)."""
+    for at in problem.chunks(3 * problem.n_columns * problem.n_params):
+        z = factor.times(problem.rows(at).flatten(0, 1))
+        yield at, slice(None), z.view(at.stop - at.start, problem.n_columns, -1)
 
 
 def _chunk(problem: Problem) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flataudit.errors import NumericalError
 from flataudit.solvers.krylov import BlockLanczos
 
 N = 120
@@ -117,3 +118,11 @@ def test_restored_state_goes_on_as_if_nothing_had_happened():
             lanczos.extend()
     assert torch.equal(whole.projected, again.projected)
     assert torch.equal(whole.basis, again.basis)
+
+
+def test_an_operator_that_is_not_positive_is_a_numerical_error():
+    """As rounding makes it where the curvature is beyond 1e16: no error of torch's own."""
+    lanczos = BlockLanczos(lambda v: -2.0 * v, starts(2), capacity=N)
+    lanczos.extend()
+    with pytest.raises(NumericalError, match="expected a positive semi-definite curvature, got"):
+        lanczos.quadratures()

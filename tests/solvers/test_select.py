@@ -190,9 +190,8 @@ def linear(n, features, classes=10):
 @pytest.mark.parametrize(
     ("n", "features", "chosen"),
     [
-        (1000, 784, "dual"),  # P = 7,850 < N = 9,000: 8.3e11 operations against 2.4e12
-        (1500, 784, "dual"),  # P/N = 0.58
-        (2000, 784, "primal"),  # P/N = 0.44
+        (700, 784, "dual"),  # P = 7,850, N = 6,300: 2.9e11 operations against 6.4e11
+        (1000, 784, "primal"),  # P/N = 0.87: 6.8e11 operations against 8.3e11
         (500, 900, "dual"),  # P above N
         (400, 64, "primal"),  # P = 650, N = 3,600, with the spectrum of either
     ],
@@ -204,15 +203,24 @@ def test_the_choice_is_by_work_on_both_sides_of_the_crossover(monkeypatch, n, fe
 
 
 def test_work_counts_the_products():
-    """A linear layer's Gram, its Cholesky and inverse; G, the whitened rows and a Cholesky."""
+    """A linear layer's Gram and G, each with a Cholesky and a triangular inverse."""
     problem, penalty = linear(60, 30)
     p, rows, n = 310, 540, 60
     expected = n**2 * 30 + rows**2 * (10 + 1) + rows**2 * 10 + rows**2 * 9
     expected += (CHOLESKY + TRIANGULAR) * rows**3 / 3
     assert SOLVERS["dual"].work(problem, penalty) == pytest.approx(expected)
-    expected = (2 + TRIANGULAR) * rows * p**2 + CHOLESKY * p**3 / 3
-    expected += 2 * rows * 9 * p + 2 * JACOBIAN * rows * p
+    expected = 2.1 * n * p**2 + (CHOLESKY + TRIANGULAR) * p**3 / 3
+    expected += 2 * rows * 10 * p + 2 * rows * 9 * p
     assert SOLVERS["primal"].work(problem, penalty) == pytest.approx(expected)
+
+
+def test_primal_work_of_other_models_counts_the_rows():
+    """G, the whitened rows, a Cholesky, and the Jacobian twice."""
+    built = build(BY_NAME["mlp_relu_inplace"])
+    p, rows, k = built.problem.n_params, built.problem.n_rows, built.problem.n_columns
+    expected = (2 + TRIANGULAR) * rows * p**2 + CHOLESKY * p**3 / 3
+    expected += 2 * rows * k * p + 2 * JACOBIAN * rows * p
+    assert SOLVERS["primal"].work(built.problem, built.penalty) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["convolutions", "mlp_free_biases", "mlp_elementwise", "gru"])
