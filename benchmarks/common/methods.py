@@ -27,9 +27,11 @@ from flataudit.solvers import SOLVERS, FunctionalVariance, choose
 from flataudit.solvers.base import Work
 from flataudit.solvers.kfac import Kfac
 from flataudit.solvers.lanczos import Lanczos
+from flataudit.solvers.operator import CurvatureOperator
 from flataudit.solvers.sampling import Sampling
 
 PROBES = 4
+VECTORS = 8  # of a block, in products with the operators
 CG_TOLERANCE = 1e-4
 
 
@@ -56,7 +58,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """kind: exact; estimate (converges to the exact value with more work); approximation."""
+    """kind: exact; estimate (converges to the exact value with more work); approximation;
+    product (a step of an estimate)."""
 
     name: str
     library: str  # the distribution's name
@@ -95,7 +98,7 @@ def ours_exact(task: Task) -> Outcome:
 
 def ours_other(task: Task) -> Outcome:
     """The exact solver that `auto` leaves, where P <= N and either comes into question."""
-    if not _primal(task):
+    if not _primal(task) or not task.case.exact:
         raise NotApplicable
     problem = _problem(task)
     taken = choose("auto", problem, from_argument(PENALTY, problem.params)).name
@@ -153,6 +156,31 @@ def ours_lanczos(task: Task) -> Outcome:
     )
 
 
+def ours_product(task: Task) -> Outcome:
+    """B'B v in output space, K v = B (B'v)/lambda for a block of vectors: z'K z lambda ~ tr(G)."""
+    _matrix_free_alone(task)
+    problem = _problem(task)
+    operator = CurvatureOperator(problem, from_argument(PENALTY, problem.params))
+    z = _signs(problem.n_rows)
+    return _traces((z * operator(z)).sum(dim=0) * PENALTY)
+
+
+def _matrix_free_alone(task: Task) -> None:
+    """Products are compared where no method gets to the end."""
+    if task.case.exact:
+        raise NotApplicable
+
+
+def _signs(rows: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randint(0, 2, (rows, VECTORS)).double() * 2 - 1
+
+
+def _traces(each: Tensor) -> Outcome:
+    se = float(each.std()) / VECTORS**0.5
+    return Outcome(None, note=f"tr G = {float(each.mean()):.4g} ± {se:.1g}")
+
+
 def _problem(task: Task) -> Problem:
     prepared = prepare(task.model, Inputs.of(task.x), torch.device("cpu"))
     family = Categorical()
@@ -206,6 +234,15 @@ def _primal(task: Task) -> bool:
 
 
 # --- plain torch.func ---------------------------------------------------------------------------
+
+
+def torch_pass(task: Task) -> Outcome:
+    """One forward and backward pass over the data, the least that a product can cost."""
+    _matrix_free_alone(task)
+    for x, y in _batches(task, 500):
+        task.model.zero_grad()
+        nn.functional.cross_entropy(task.model(x), y).backward()
+    return Outcome(None)
 
 
 def torch_func(task: Task) -> Outcome:
@@ -445,6 +482,20 @@ def curvlinops_cg(task: Task) -> Outcome:
     )
 
 
+def curvlinops_product(task: Task) -> Outcome:
+    """G v in parameter space for a block of vectors: u'G u ~ tr(G)."""
+    from curvlinops import GGNLinearOperator
+
+    _matrix_free_alone(task)
+    params = list(task.model.parameters())
+    ggn = GGNLinearOperator(
+        task.model, nn.CrossEntropyLoss(), params, _batches(task, 1000),
+        check_deterministic=False, num_data=task.n,
+    )  # fmt: skip
+    u = _signs(task.n_params)
+    return _traces((u * (ggn @ u)).sum(dim=0))
+
+
 def _curvlinops_kfac(task: Task, corrected: bool) -> Outcome:
     from curvlinops import EKFACLinearOperator, FisherType, KFACLinearOperator
 
@@ -538,6 +589,12 @@ _ROWS: tuple[tuple[str, str, str, str, Callable[[Task], Outcome]], ...] = (
     (
         "curvlinops-cg", "curvlinops-for-pytorch", f"curvlinops CG, {PROBES} probes", "estimate",
         curvlinops_cg,
+    ),
+    ("torch-pass", "torch", "forward and backward pass", "product", torch_pass),
+    ("flataudit-product", "flataudit", f"flataudit, {VECTORS} products", "product", ours_product),
+    (
+        "curvlinops-product", "curvlinops-for-pytorch", f"curvlinops GGN, {VECTORS} products",
+        "product", curvlinops_product,
     ),
     ("flataudit-kfac", "flataudit", "flataudit kfac", "approximation", ours_kfac),
     (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import performance_page as page
 from benchmarks.common.cases import load
@@ -126,6 +128,36 @@ def test_exact_methods_without_a_library_agree(name, case):
     assert found.soft_rank == pytest.approx(wanted.soft_rank, rel=1e-9)
     assert found.tic == pytest.approx(wanted.tic, rel=1e-9)
     assert found.loo == pytest.approx(wanted.loo, rel=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # curvlinops, at import
+def test_products_are_compared_where_no_exact_solver_is(tmp_path):
+    task = load("tiny-mlp", None, tmp_path)
+    methods = ["flataudit-product", "torch-pass"]
+    if importlib.util.find_spec("curvlinops") is not None:
+        methods.append("curvlinops-product")
+    for name in methods:
+        with pytest.raises(NotApplicable):
+            METHODS[name].run(task)
+    free = dataclasses.replace(task, case=dataclasses.replace(task.case, exact=False))
+    p = torch.softmax(task.logits, dim=1)
+    # tr(G) from the definition: the gradient of each logit, weighed by the softmax's variance.
+    trace = 0.0
+    for i in range(task.n):
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(out, task.model.parameters())])
+            for out in (task.model(task.x[i : i + 1])[0, k] for k in range(p.shape[1]))
+        ]
+        jacobian = torch.stack(rows)
+        variance = torch.diag(p[i]) - torch.outer(p[i], p[i])
+        trace += float((jacobian * (variance @ jacobian)).sum()) / task.n
+    for name in methods:
+        outcome = METHODS[name].run(free)
+        if name == "torch-pass":
+            assert (outcome.soft_rank, outcome.note) == (None, "")
+            continue
+        value, se = (float(part) for part in outcome.note.removeprefix("tr G = ").split(" ± "))
+        assert abs(value - trace) < 5 * se + 0.01 * trace
 
 
 def test_a_measurement_in_a_process_of_its_own(tmp_path):
