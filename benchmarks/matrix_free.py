@@ -41,6 +41,7 @@ CASES = {  # network, n
     "logistic-500": ("logistic", 500),
     "transformer-500": ("transformer", 500),
     "mlp-2000": ("mlp", 2000),
+    "lenet-2000": ("lenet", 2000),
     "logistic-2000": ("logistic", 2000),
 }
 QUICK = ["mlp-500", "lenet-500", "logistic-500", "transformer-500"]
@@ -135,7 +136,7 @@ def studied(part: str, case: str, value: float, given: argparse.Namespace) -> li
     wanted = {name: measure(exact).gap for name, measure in measures.items()}
     make: Callable[[], object] = lambda: CurvatureOperator(problem, penalty)  # noqa: E731
     if given.operator == "matrix":
-        dense = _Dense.of(problem, value)
+        dense = _Dense.of(problem, value, rooted=part == "sampling")
         make = dense.again
     module = by_lanczos if part == "accuracy" else by_sampling
     solver = MATRIX_FREE["lanczos" if part == "accuracy" else "sampling"]
@@ -202,13 +203,17 @@ class _Dense:
         self.tied = list(problem.params)
 
     @classmethod
-    def of(cls, problem, value: float):  # type: ignore[no-untyped-def]
+    def of(cls, problem, value: float, *, rooted: bool):  # type: ignore[no-untyped-def]
+        """rooted: with the square root that posterior samples are drawn by."""
         import torch
 
         from flataudit.curvature.gram import gram
 
         matrix = gram(problem, constant(problem, value)).matrix
-        matrix = matrix.triu() + matrix.triu(1).T
+        matrix.triu_()
+        matrix += matrix.triu(1).T
+        if not rooted:
+            return cls(problem, matrix, None)
         nudged = matrix.clone()
         nudged.diagonal().add_(1e-9 * float(matrix.diagonal().mean()))
         return cls(problem, matrix, torch.linalg.cholesky(nudged))

@@ -27,13 +27,15 @@ DEPENDENT = 1e-10  # a direction this small beside the operator's norm is roundi
 class Ritz:
     """Ritz values x (J,), vectors Y (J, J) in the basis, residuals |K q - x q| (J,).
 
-    coefficients: Y'C (J, m), the start's columns in the Ritz vectors.
+    coefficients: Y'C (J, m), the start's columns in the Ritz vectors; outside: M (w, J), with
+    K q - x q = Q_next M_q, whose column norms are the residuals.
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
     coefficients: Tensor
+    outside: Tensor
 
 
 class BlockLanczos:
@@ -63,6 +65,7 @@ class BlockLanczos:
         self._norm = 0.0
         self.projected = start.new_zeros(0, 0)  # T (J, J)
         block, self.start = self._orthonormal(start, 1.0)
+        self.following = block  # Q_next, also where it does not fit any more
         self.coupling = start.new_zeros(block.shape[1], 0)  # Q_next' K Q_last
         self._append(block)
 
@@ -70,6 +73,11 @@ class BlockLanczos:
     def basis(self) -> Tensor:
         """Q (N, J)."""
         return self._store[:, : self.size]
+
+    @property
+    def begun(self) -> Tensor:
+        """Z (N, m), what the space started from."""
+        return self.basis[:, : len(self.start)] @ self.start
 
     @property
     def exhausted(self) -> bool:
@@ -95,6 +103,7 @@ class BlockLanczos:
         self.projected = projected
         image = image - self.basis @ across
         following, self.coupling = self._orthonormal(image, self._norm)
+        self.following = following
         self.full = self.size + following.shape[1] > self._capacity
         self._append(following[:, :0] if self.full else following)
 
@@ -129,9 +138,9 @@ class BlockLanczos:
         """Eigenvalues and vectors of T, with their residuals."""
         values, vectors = torch.linalg.eigh(self.projected)
         width = self.coupling.shape[1]
-        residuals = (self.coupling @ vectors[self.size - width :]).norm(dim=0)
+        outside = self.coupling @ vectors[self.size - width :]
         coefficients = vectors[: len(self.start)].T @ self.start
-        return Ritz(values.clamp_min(0.0), vectors, residuals, coefficients)
+        return Ritz(values.clamp_min(0.0), vectors, outside.norm(dim=0), coefficients, outside)
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` needs to go on from here."""
@@ -142,6 +151,7 @@ class BlockLanczos:
             "norm": torch.tensor(self._norm, dtype=torch.float64),
             "projected": self.projected,
             "coupling": self.coupling,
+            "following": self.following,
             "start": self.start,
         }
 
@@ -154,6 +164,7 @@ class BlockLanczos:
         self._norm = float(state["norm"])
         self.projected = state["projected"].to(device)
         self.coupling = state["coupling"].to(device)
+        self.following = state["following"].to(device)
         self.start = state["start"].to(device)
 
     def _orthonormal(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor]:
