@@ -12,13 +12,9 @@ tr f(K) = sum f(x_l) + E z'P f(K) P z with P = I - V V' (deflation as in Hutch++
 is below the tolerance. Those of the first block are not used again: V leans towards them, and their
 remainder is too small (by 3 standard errors in two of 21 trials).
 
-V is not quite invariant: P K V = Q M, with Q the block behind the first Krylov space. In tr f(K)
-that is of second order; in TIC, whose R mixes V with its complement, of first:
-
-    tr(R f(K) R') = ... + 2 E w'R V (I + X)^-1 M'Q' (I + P K P)^-1 P R'w
-
-which the same probes estimate without a further product (left out, TIC was 1 to 2 % too large
-where hundreds of directions were summed).
+V is not quite invariant; the same probes estimate what that does to the traces, without a further
+product (`flataudit.solvers.deflation`; left out, TIC was 1 to 2 % too large where hundreds of
+directions were summed).
 
 Two errors are kept apart: the probes' standard error, from Var = 2 sum_i Var(z_i (F z)_i) which
 needs no more than a few probes, and the quadrature's truncation, for which there is a bound.
@@ -35,6 +31,7 @@ from torch import Tensor
 
 from flataudit.curvature.problem import Problem
 from flataudit.solvers.base import CurvatureTraces, Penalty, Trace, Work
+from flataudit.solvers.deflation import Deflation
 from flataudit.solvers.krylov import BlockLanczos
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.resume import Resume, State
@@ -80,15 +77,18 @@ class _Sums:
     def __init__(self, rows: int, samples: int, device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.count, self.total, self.bound = zero.clone(), zero.clone(), zero.clone()
+        self.coupling = zero.clone()
         self.row, self.row_square = (zero.new_zeros(rows) for _ in range(2))
         self.sample, self.sample_square = (zero.new_zeros(samples) for _ in range(2))
 
-    NAMES = ("count", "total", "bound", "row", "row_square", "sample", "sample_square")
+    NAMES = ("count", "total", "bound", "coupling", "row", "row_square", "sample", "sample_square")
 
-    def add(self, values: Tensor, bounds: Tensor, parts: Tensor) -> None:
-        """values, bounds (m,); parts z_i (F z)_i (rows, m), whose sums are the values."""
+    def add(self, values: Tensor, bounds: Tensor, parts: Tensor, coupling: Tensor) -> None:
+        """values, bounds (m,); parts z_i (F z)_i (rows, m), whose sums are the values; coupling
+        (m,): what the deflated directions take off a value beyond that."""
         self.count += len(values)
-        self.total += values.sum()
+        self.total += values.sum() - coupling.sum()
+        self.coupling += coupling.sum()
         self.bound += bounds.sum()
         self.row += parts.sum(dim=1)
         self.row_square += parts.square().sum(dim=1)
@@ -101,14 +101,16 @@ class _Sums:
         """Of one probe's value: 2 sum_i Var(z_i (F z)_i) = 2 sum_{i != j} F_ij^2."""
         return 2.0 * float(_variances(self.row, self.row_square, self.count).sum())
 
-    def trace(self, exact: Tensor, truncation: float) -> Trace:
-        """exact: the samples' part that no probe estimates (n,), and what that leaves out."""
+    def trace(self, exact: Tensor, within: float, ratio: float) -> Trace:
+        """exact: the samples' part that no probe estimates (n,), and what is taken off their sum;
+        ratio: of what is left out to the coupling that was taken off."""
         m = float(self.count)
+        left_out = ratio / (1.0 - min(ratio, 0.5)) * (within + float(self.coupling) / m)
         noise = float(_variances(self.sample, self.sample_square, self.count).mean()) / m
         return Trace(
-            value=float(exact.sum() + self.total / m),
+            value=float(exact.sum() + self.total / m) - within,
             monte_carlo_se=math.sqrt(self.variance / m),
-            truncation=float(self.bound) / m + truncation,
+            truncation=float(self.bound) / m + left_out,
             rough=exact + self.sample / m,
             noise=noise,
         )
@@ -134,11 +136,7 @@ class _Run:
         self.v = problem.factor.residual
         self.soft, self.tic = _Sums(n_rows, n, device), _Sums(n, n, device)
         empty = torch.zeros(0, dtype=torch.float64, device=device)
-        self.deflated = empty.new_zeros(n_rows, 0)  # V
-        self.values = empty.clone()  # their Ritz values
-        self.coupled = empty.clone()  # by how much each may be off
-        self.block = empty.new_zeros(n_rows, 0)  # Q, with P K V = Q M
-        self.outside = empty.new_zeros(0, 0)  # M
+        self.deflated = Deflation.none(empty.new_zeros(n_rows))
         self.nodes, self.weights = empty.clone(), empty.clone()
         self.energy, self.trace_ggn = empty.new_zeros(()), empty.new_zeros(())
         self.round = 0
@@ -175,11 +173,12 @@ class _Run:
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
         keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
-        self.deflated = lanczos.basis @ ritz.vectors[:, keep]
-        self.values = ritz.values[keep]
-        self.block, self.outside = lanczos.following, ritz.outside[:, keep]
-        # What the residuals do to the traces in second order.
-        self.coupled = 2.0 * ritz.residuals[keep].square() / (1.0 + self.values)
+        self.deflated = Deflation(
+            lanczos.basis @ ritz.vectors[:, keep],
+            ritz.values[keep],
+            lanczos.following,
+            ritz.outside[:, keep],
+        )
         self.round = 1
         self.resume.offer(self._state)
 
@@ -205,7 +204,7 @@ class _Run:
         return z, lifted, w
 
     def _space(self, start: Tensor, saved: State | None) -> BlockLanczos:
-        against = self.deflated if self.deflated.shape[1] else None
+        against = self.deflated.vectors if len(self.deflated.values) else None
         lanczos = BlockLanczos(
             self.operator,
             self.operator.project(start),
@@ -259,16 +258,17 @@ class _Run:
         values = (weights * _f(ritz.values)[:, None]).sum(dim=0)
         _, bounds = lanczos.quadratures()
         images = lanczos.basis @ (ritz.vectors @ (_f(ritz.values)[:, None] * ritz.coefficients))
+        left = lanczos.begun - images  # (I + P K P)^-1 of what each probe leaves in the complement
+        coupling = self.deflated.beyond(left)
         if a:
-            self.soft.add(values[:a], bounds[:a], signs * images[:, :a])
+            self.deflated.probe(signs, left[:, :a])
+            self.soft.add(values[:a], bounds[:a], signs * images[:, :a], coupling[:a])
             self.nodes = torch.cat([self.nodes, ritz.values])
             self.weights = torch.cat([self.weights, weights[:, :a].sum(dim=1)])
         if b:
-            left = lanczos.begun[:, a:] - images[:, a:]  # (I + P K P)^-1 P R'w
-            weight = (self.outside / (1.0 + self.values)).T
-            crossed = signs_n * self._down(2.0 * self.deflated @ (weight @ (self.block.T @ left)))
+            across = signs_n * self._down(2.0 * self.deflated.across(left[:, a:]))
             inside = signs_n * self._down(images[:, a:])
-            self.tic.add(values[a:] + crossed.sum(dim=0), bounds[a:], inside + crossed)
+            self.tic.add(values[a:] + across.sum(dim=0), bounds[a:], inside + across, coupling[a:])
 
     def _down(self, u: Tensor) -> Tensor:
         """R u (n, m) for u (N, m)."""
@@ -311,25 +311,25 @@ class _Run:
 
     def _exact_soft(self) -> Tensor:
         """Per sample (n,): the free directions' leverage and that of the deflated ones."""
-        rows = self.deflated.square() @ _f(self.values)
+        rows = self.deflated.vectors.square() @ _f(self.deflated.values)
         return self.operator.free.leverage + rows.view(self.problem.n_samples, -1).sum(dim=1)
 
     def _exact_tic(self) -> Tensor:
         """The same with v_i' in front: |v_i'Q0_i|^2 + sum_l f(x_l) (v_i'V_il)^2."""
-        n, k = self.v.shape
-        deflated = torch.einsum("nk,nkr->nr", self.v, self.deflated.view(n, k, -1))
-        return self.operator.free.tic + deflated.square() @ _f(self.values)
+        down = self._down(self.deflated.vectors)
+        return self.operator.free.tic + down.square() @ _f(self.deflated.values)
 
     def _trace(self, sums: _Sums) -> Trace:
+        ratio = self.deflated.ratio
         if sums is self.soft:
-            return sums.trace(self._exact_soft(), float(self.coupled.sum()))
-        n, k = self.v.shape
-        deflated = torch.einsum("nk,nkr->nr", self.v, self.deflated.view(n, k, -1))
-        return sums.trace(self._exact_tic(), float((deflated.square() @ self.coupled).sum()))
+            return sums.trace(self._exact_soft(), self.deflated.within(), ratio)
+        within = self.deflated.within(self._down(self.deflated.vectors))
+        return sums.trace(self._exact_tic(), within, ratio)
 
     def _traces(self) -> CurvatureTraces:
-        nodes = torch.cat([self.values, self.nodes])
-        weights = torch.cat([torch.ones_like(self.values), self.weights / self.soft.count])
+        values = self.deflated.values
+        nodes = torch.cat([values, self.nodes])
+        weights = torch.cat([torch.ones_like(values), self.weights / self.soft.count])
         notes = [*self.notes]
         if self.operator.reason:
             notes.append(f"derivatives {self.operator.reason}")
@@ -358,17 +358,13 @@ class _Run:
     def _state(self) -> State:
         state = {
             "round": torch.tensor(self.round),
-            "deflated": self.deflated,
-            "values": self.values,
-            "coupled": self.coupled,
-            "block": self.block,
-            "outside": self.outside,
             "nodes": self.nodes,
             "weights": self.weights,
             "energy": self.energy,
             "trace_ggn": self.trace_ggn,
             "applications": torch.tensor(self.operator.applications),
         }
+        state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
             # Clones: the sums go on in place.
             state |= {f"{label}.{k}": getattr(sums, k).clone() for k in _Sums.NAMES}
@@ -380,11 +376,11 @@ class _Run:
             return None
         device = self.problem.device
         self.round = int(saved["round"])
-        for name in (
-            "deflated", "values", "coupled", "block", "outside", "nodes", "weights", "energy",
-            "trace_ggn",
-        ):  # fmt: skip
+        for name in ("nodes", "weights", "energy", "trace_ggn"):
             setattr(self, name, saved[name].to(device))
+        self.deflated = Deflation.restored(
+            {k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES}
+        )
         self.operator.applications = int(saved["applications"])
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
             for k in _Sums.NAMES:

@@ -1,0 +1,94 @@
+"""Directions that are not quite invariant: both traces to within the next order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flataudit.solvers.deflation import Deflation
+from flataudit.solvers.krylov import BlockLanczos
+
+N = 80
+EYE = torch.eye(N).double()
+
+
+def half_converged(steps: int):
+    """A dense K, and the Ritz vectors of a Krylov space that has not ended."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(N, N, generator=generator).double()).Q
+    k = q @ torch.diag(100.0 * torch.arange(1, N + 1).double() ** -1.5) @ q.T
+    lanczos = BlockLanczos(
+        lambda v: k @ v, torch.randn(N, 4, generator=generator).double(), capacity=N
+    )
+    for _ in range(steps):
+        lanczos.extend()
+    ritz = lanczos.ritz()
+    keep = ritz.residuals <= 0.3 * (1.0 + ritz.values).sqrt()
+    assert float(ritz.residuals[keep].max()) > 0.01
+    vectors = lanczos.basis @ ritz.vectors[:, keep]
+    return k, Deflation(vectors, ritz.values[keep], lanczos.following, ritz.outside[:, keep])
+
+
+def test_what_deflation_says_of_the_operator():
+    k, found = half_converged(5)
+    v = found.vectors
+    torch.testing.assert_close(
+        k @ v, v * found.values + found.block @ found.outside, atol=1e-10, rtol=0
+    )
+    torch.testing.assert_close(v.T @ v, torch.eye(v.shape[1]).double(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7])
+@pytest.mark.parametrize("quantity", ["soft rank", "TIC"])
+def test_traces(steps, quantity):
+    """Probes along an orthonormal basis: their mean is the trace itself, and no luck is left."""
+    k, found = half_converged(steps)
+    v = found.vectors
+    p = EYE - v @ v.T
+    f = EYE - torch.linalg.inv(EYE + k)
+    inverse = torch.linalg.inv(EYE + p @ k @ p)
+    z = EYE * N**0.5
+    left = inverse @ p @ z
+    found.probe(z, left)
+    r = torch.eye(N).double()
+    if quantity == "TIC":  # a few rows of large weight, as of mispredicted samples
+        r = torch.diag(torch.randn(N, generator=torch.Generator().manual_seed(1)).double().exp())
+    exact = float((r @ f @ r).trace())
+    x = r @ z
+    left = inverse @ p @ x
+    plain = float((r @ v).square().sum(dim=0) @ (found.values / (1.0 + found.values)))
+    plain += float((x * (p @ x - left)).sum(dim=0).mean())
+    across = float((x * 2.0 * found.across(left)).sum(dim=0).mean())
+    beyond, within = float(found.beyond(left).mean()), found.within(r @ v)
+    assert beyond > 0
+    assert within > 0
+    if quantity == "soft rank":
+        assert across == pytest.approx(0.0, abs=1e-12)
+        assert within == pytest.approx(found.within())
+    corrected = plain + across - beyond - within
+    assert found.ratio < 0.5
+    allowed = found.ratio / (1.0 - found.ratio) * (abs(across) + beyond + within)
+    assert abs(corrected - exact) <= allowed
+    assert abs(corrected - exact) < 0.2 * abs(plain - exact)
+
+
+def test_no_directions():
+    found = Deflation.none(torch.zeros(5).double())
+    z = torch.ones(5, 2).double()
+    found.probe(z, z)
+    assert found.ratio == 0.0
+    assert found.within() == 0.0
+    assert float(found.beyond(z).sum()) == 0.0
+    assert float(found.across(z).abs().sum()) == 0.0
+
+
+def test_restored_goes_on_where_it_was():
+    k, found = half_converged(5)
+    z = torch.ones(N, 2).double()
+    found.probe(z, k @ z)
+    state = found.state()
+    again = Deflation.restored(state)
+    for each in (found, again):
+        each.probe(2.0 * z, z)
+    assert again.within() == found.within()
+    assert float(state["count"]) == 2.0
