@@ -56,7 +56,7 @@ class Lanczos:
     further: int = 32
     max_probes: int = 512
     max_basis: int = 1024
-    deflation: float = 0.03
+    deflation: float = 0.1
     dtype: torch.dtype | None = None
 
     def plan(self, problem: Problem, penalty: Penalty) -> int:
