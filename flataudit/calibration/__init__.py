@@ -16,14 +16,13 @@ from flataudit.calibration.metrics import (
     reliability_display,
     top_label,
 )
+from flataudit.calibration.saturation import is_saturated, saturation_flags
 from flataudit.calibration.tests import gaussian_pit, poisson_pit
 from flataudit.calibration.verdict import (
     CalibrationPolicy,
     assess_classification,
     assess_gaussian,
     assess_poisson,
-    is_saturated,
-    saturation_flags,
 )
 
 __all__ = [

@@ -25,15 +25,6 @@ from flataudit.calibration.metrics import FloatArray
 from flataudit.errors import InputError
 from flataudit.results import Calibration, Direction, Evidence, Severity, Verdict
 
-# Training data alone: any two of these and the gradients have vanished.
-_SATURATED_ACCURACY = 0.995
-_SATURATED_NLL = 0.05  # nats per example
-_SATURATED_CURVATURE = 0.02  # mean of 1 - sum_k p_k^2, the trace of diag(p) - pp'
-_SATURATED_RESIDUAL = 0.01  # a residual 1 - p_y above this still moves the parameters
-_SATURATED_RESIDUAL_SHARE = 0.05
-_SATURATED_TRACE_RATIO = (0.3, 3.0)
-_SATURATED_SLOPE = 1.5
-
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPolicy:
@@ -280,58 +271,6 @@ def assess_poisson(
         evidence=evidence,
         policy=policy,
     )
-
-
-def saturation_flags(
-    *,
-    accuracy: float,
-    nll: float,
-    log_p: ArrayLike,
-    labels: ArrayLike,
-    trace_ratio: float | None,
-    slope: float | None,
-) -> tuple[str, ...]:
-    """Signs, from training data alone, that the gradients have vanished.
-
-    Args:
-        accuracy: Training accuracy; flag `accuracy` from .995.
-        nll: Mean training NLL, nats per example; flag `nll` below .05.
-        log_p: (n, K) log probabilities; flag `curvature` if mean(1 - sum_k p_k^2) < .02.
-        labels: (n,); flag `residuals` if fewer than 5 % of samples have 1 - p_y > .01.
-        trace_ratio: tr C / tr G, gradient covariance over ggn; flag `trace_ratio` outside
-            [.3, 3], or where both have vanished and it is NaN. None: not computed.
-        slope: Fitted slope; flag `slope` above 1.5. None: no finite slope fits, which with
-            every label right means that any larger one fits better.
-
-    Returns:
-        Names of the flags raised, in the order above.
-
-    Raises:
-        InputError: As in `assess_classification`.
-    """
-    log_p, y = metrics.checked_probabilities(log_p, labels)
-    p = np.exp(log_p)
-    moving = 1.0 - np.take_along_axis(p, y[:, None], axis=1) > _SATURATED_RESIDUAL
-    low, high = _SATURATED_TRACE_RATIO
-    flags = {
-        "accuracy": accuracy >= _SATURATED_ACCURACY,
-        "nll": nll < _SATURATED_NLL,
-        "curvature": float((1.0 - (p * p).sum(axis=1)).mean()) < _SATURATED_CURVATURE,
-        "residuals": float(moving.mean()) < _SATURATED_RESIDUAL_SHARE,
-        # Negated, so that NaN raises the flag.
-        "trace_ratio": trace_ratio is not None and not low <= trace_ratio <= high,
-        "slope": accuracy == 1.0 if slope is None else slope > _SATURATED_SLOPE,
-    }
-    return tuple(name for name, raised in flags.items() if raised)
-
-
-def is_saturated(flags: tuple[str, ...]) -> bool:
-    """Whether at least two saturation flags were raised.
-
-    >>> is_saturated(("accuracy",)), is_saturated(("accuracy", "nll"))
-    (False, True)
-    """
-    return len(flags) >= 2
 
 
 # --- how a verdict is drawn ---

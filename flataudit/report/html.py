@@ -13,7 +13,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from flataudit.report import figures, marks, sensitivity, tables, trend, words
+from flataudit.report import figures, marks, remedies, sensitivity, tables, trend, words
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -141,7 +141,7 @@ def _steps(report: dict[str, Any]) -> list[str]:
     """Up to three things to do, from the warnings above info; what a pass means otherwise."""
     measured = report["heldout"] is not None
     found = [
-        words.first_step(w["code"], measured=measured)
+        remedies.first_step(w["code"], measured=measured)
         for w in words.sorted_warnings(report)
         if _above_info(w)
     ]
@@ -150,7 +150,7 @@ def _steps(report: dict[str, Any]) -> list[str]:
     if words.verdict(report) == "pass":
         return ["Expect this loss on new data drawn like the training data; drift is not covered."]
     if report["penalty"]["source"] == "evidence":
-        return [words.first_step("penalty_unknown")]
+        return [remedies.first_step("penalty_unknown")]
     if measured:
         return ["Compare the prediction with the loss measured on the held-out data."]
     return ["Confirm the prediction on held-out data (--heldout)."]
@@ -417,9 +417,9 @@ def _solver_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _warning_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     return [
-        {"code": w["code"], "title": words.warning_title(w["code"]), "severity": w["severity"],
+        {"code": w["code"], "title": remedies.warning_title(w["code"]), "severity": w["severity"],
          "word": _SEVERITY_WORDS.get(w["severity"], w["severity"]), "message": w["message"],
-         "remedy": words.remedy(w["code"], measured=report["heldout"] is not None)}
+         "remedy": remedies.remedy(w["code"], measured=report["heldout"] is not None)}
         for w in words.sorted_warnings(report)
     ]  # fmt: skip
 

@@ -16,8 +16,6 @@ from flataudit.calibration import (
     assess_classification,
     assess_gaussian,
     assess_poisson,
-    is_saturated,
-    saturation_flags,
     verdict,
 )
 from flataudit.calibration import tests as ct
@@ -274,44 +272,6 @@ def test_the_verdict_does_not_depend_on_netcal(monkeypatch):
     assert without == dataclasses.replace(with_netcal, ece=None, mce=None, ace=None)
 
 
-SATURATED = {
-    "accuracy": 1.0,
-    "nll": 1e-4,
-    "log_p": np.log(np.tile([0.9999, 0.0001], (100, 1))),
-    "labels": np.zeros(100),
-    "trace_ratio": 10.0,
-    "slope": 4.0,
-}
-HEALTHY = {
-    "accuracy": 0.9,
-    "nll": 0.3,
-    "log_p": np.log(np.tile([0.9, 0.1], (100, 1))),
-    "labels": np.arange(100) < 10,
-    "trace_ratio": 1.0,
-    "slope": 1.0,
-}
-
-
-def test_saturation_flags():
-    names = ("accuracy", "nll", "curvature", "residuals", "trace_ratio", "slope")
-    assert saturation_flags(**SATURATED) == names
-    assert saturation_flags(**HEALTHY) == ()
-    for name in ("accuracy", "nll", "trace_ratio", "slope"):
-        assert saturation_flags(**(HEALTHY | {name: SATURATED[name]})) == (name,)
-    assert saturation_flags(
-        **(HEALTHY | {"log_p": SATURATED["log_p"], "labels": np.zeros(100)})
-    ) == (
-        "curvature",
-        "residuals",
-    )
-    for ratio in (0.2, math.nan, math.inf):
-        assert saturation_flags(**(HEALTHY | {"trace_ratio": ratio})) == ("trace_ratio",)
-    assert saturation_flags(**(HEALTHY | {"trace_ratio": None, "slope": None})) == ()
-    assert "slope" in saturation_flags(**(SATURATED | {"slope": None}))
-    assert not is_saturated(("slope",))
-    assert is_saturated(("accuracy", "slope"))
-
-
 # --- the marks the method was measured by ---
 
 
@@ -458,7 +418,9 @@ def test_a_handful_of_events_is_insufficient():
 BAD = {
     "evidence": lambda: assess_classification(*exact(100), evidence="test"),
     "labels": lambda: assess_classification(exact(100)[0], [7] * 100, evidence="heldout"),
-    "logits": lambda: saturation_flags(**(HEALTHY | {"log_p": np.full((100, 2), 3.0)})),
+    "logits": lambda: assess_classification(
+        np.full((100, 2), 3.0), np.zeros(100), evidence="heldout"
+    ),
     "empty z": lambda: gaussian([]),
     "scalar z": lambda: gaussian(1.0),
     "NaN z": lambda: gaussian([0.0, np.nan]),

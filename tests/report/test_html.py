@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flataudit.report import figures, html, marks, tables, trend, words
+from flataudit.report import figures, html, marks, remedies, tables, trend, words
 from flataudit.results import (
     AuditWarning,
     DataInfo,
@@ -187,15 +187,15 @@ def test_every_warning_shows_message_and_remedy(reports: Any, pages: dict[str, s
         text = text_of(pages[name]).replace("( --", "(--")
         plain = re.sub(r"\s+", "", text)
         for warning in report["warnings"]:
-            remedy = words.remedy(warning["code"], measured=report["heldout"] is not None)
+            remedy = remedies.remedy(warning["code"], measured=report["heldout"] is not None)
             for part in (warning["message"], remedy, warning["code"]):
                 assert re.sub(r"\s+", "", part) in plain
 
 
 def test_all_codes_can_be_shown(change: Any) -> None:
-    every = tuple(AuditWarning(code, "info", f"about {code}") for code in words.WARNING_CODES)
+    every = tuple(AuditWarning(code, "info", f"about {code}") for code in remedies.WARNING_CODES)
     page = html.render(change(warnings=every), {})
-    assert all(f"About {code}." in page for code in words.WARNING_CODES)
+    assert all(f"About {code}." in page for code in remedies.WARNING_CODES)
 
 
 def test_influence_marks_contradicted_labels_and_folds_the_rest(pages: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Plain words: the verdict table, the gap's text, a remedy for every code of the contract."""
+"""Plain words: the verdict table, the gap's text, what may be relied on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ import pytest
 
 from flataudit.report import words
 from flataudit.results import AuditWarning, Calibration, Gap, HeldoutFit, PenaltyInfo
-
-CODES = (
-    "overconfident", "underconfident", "train_saturated", "not_at_minimum", "premise_violated",
-    "estimators_disagree", "high_leverage", "penalty_unknown", "indefinite_hessian",
-    "few_calibration_samples", "approximate_solver", "data_mismatch", "outside_theory",
-)  # fmt: skip
 
 
 def warnings(*severities: str) -> tuple[AuditWarning, ...]:
@@ -44,26 +38,6 @@ def test_verdict_table(change: Any, confidence: str, severities: Any, expected: 
 
 def test_a_severity_of_the_future_is_never_passed(change: Any) -> None:
     assert words.verdict(change(warnings=warnings("unheard-of"))) == "warn"
-
-
-def test_every_code_of_the_contract_has_a_remedy_and_a_title() -> None:
-    added = {
-        "prediction_contradicted",
-        "gap_regressed",
-        "calibration_refuted",
-    }  # beyond the contract, which allows additions
-    assert set(words.WARNING_CODES) == set(CODES) | added
-    for code in words.WARNING_CODES:
-        assert words.remedy(code).startswith(words.first_step(code))
-        assert words.remedy(code).endswith(".")
-        assert len(words.first_step(code)) < 110
-        assert words.warning_title(code) != code
-        measured = words.first_step(code, measured=True)
-        assert words.remedy(code, measured=True).startswith(measured)
-        assert "--heldout" not in measured
-        assert len(measured) < 110
-    assert words.remedy("new_code") == words.first_step("new_code") != ""
-    assert words.warning_title("new_code") == "new_code"
 
 
 @pytest.mark.parametrize(
