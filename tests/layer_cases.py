@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.case import Case, constant
+from tests.case import Case, constant, elementwise
 
 
 class Recurring(nn.Module):
@@ -161,7 +161,39 @@ def _labels() -> Tensor:
 
 
 LAYER_CASES = (
-    Case("batchnorm_2d", _batchnorm_2d, lambda: torch.randn(8, 2, 5, 5), _labels),
+    Case(
+        "batchnorm_2d",
+        _batchnorm_2d,
+        lambda: torch.randn(8, 2, 5, 5),
+        _labels,
+        layers=("0.weight", "1.weight", "6.weight"),
+    ),
+    Case(
+        "layernorm_of_two_axes",
+        lambda: nn.Sequential(nn.LayerNorm((2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)),
+        lambda: torch.randn(8, 2, 3),
+        _labels,
+        penalty=elementwise(0.01, 1.0),
+        layers=("0.weight", "3.weight"),
+    ),
+    Case(
+        "layernorm_of_sequences",
+        lambda: nn.Sequential(
+            nn.LayerNorm(3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3)
+        ),
+        lambda: torch.randn(8, 2, 3),
+        _labels,
+        layers=("0.weight", "3.weight"),
+    ),
+    Case(
+        "norm_without_a_scale",
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.LayerNorm(4, elementwise_affine=False), nn.Tanh(), nn.Linear(4, 3)
+        ),
+        lambda: torch.randn(8, 5),
+        _labels,
+        layers=("0.weight", "3.weight"),
+    ),
     Case(
         "frozen_batchnorm",
         _frozen_batchnorm,
@@ -175,6 +207,7 @@ LAYER_CASES = (
         lambda: torch.randn(8, 2, 4, 4),
         _labels,
         penalty=constant(0.02, free=("1.weight", "1.bias")),
+        layers=("0.weight", "1.weight", "4.weight"),
     ),
     Case(
         "dropout",

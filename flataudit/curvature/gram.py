@@ -6,10 +6,11 @@ For a Linear layer called once on (n, in) activations a with backpropagated delt
     M_ij += (a_i . a_j) (delta_i . delta_j) / d            one penalty for the tensor
     M_ij += sum_o delta_io delta_jo sum_k a_ik a_jk / d_ok  one penalty per element
 
-which costs N^2 out instead of N^2 in out. Conv2d, and Linear on sequences, form their own rows
-sum_t delta_t (x) a_t; every other parameter, and every parameter that two modules share or one
-module uses twice, takes the Jacobian route (`Problem.rows`): a layered sum would drop the cross
-terms. A check on three samples against the Jacobian route guards against what hooks cannot see.
+which costs N^2 out instead of N^2 in out. Conv2d, Linear on sequences and norms form their own rows
+sum_t delta_t (x) a_t, all in one pass while they fit; every other parameter, and every parameter
+that two modules share or one module uses twice, takes the Jacobian route (`Problem.rows`): a
+layered sum would drop the cross terms. A check on three samples against the Jacobian route guards
+against what hooks cannot see.
 
 Only the upper triangle (C order) of M is filled: LAPACK reads it as the lower one.
 """
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from flataudit.curvature.layers import (
     Layer,
-    as_positions,
     backpropagate,
     capture,
     find_layers,
     forward_chunks,
+    rows_of,
 )
 from flataudit.curvature.problem import CHUNK_BYTES, Problem
 
@@ -86,11 +87,11 @@ def gram_work(problem: Problem, penalty: Mapping[str, Tensor]) -> GramWork:
     in_layers = set()
     for layer in trusted_layers(problem):
         in_layers |= {layer.weight, layer.bias}
-        out, inside = layer.module.weight.flatten(1).shape
         if layer.explicit:
             own = [name for name in (layer.weight, layer.bias) if name and name not in free]
             columns += sum(problem.params[name].numel() for name in own)
             continue
+        out, inside = layer.module.weight.shape
         if layer.weight not in free:
             d = penalty[layer.weight]
             constant = bool((d == d.flatten()[0]).all())
@@ -184,14 +185,16 @@ def _explicit_groups(
     backward passes: memory is bounded, time pays.
     """
     budget = max(1, GROUP_BYTES // (8 * problem.n_rows))
-    for layer in layers:
-        weight_columns = 0 if layer.weight in free else layer.module.weight.numel()
-        outs = layer.module.weight.shape[0]
-        per_out = max(1, layer.module.weight.numel() // outs)
-        step = max(1, min(outs, budget // per_out)) if weight_columns else outs
-        for start in range(0, outs, step):
-            cut = slice(start, min(start + step, outs))
-            yield _layer_rows(problem, penalty, layer, cut, free)
+    together: list[tuple[Layer, slice]] = []
+    width = 0
+    for layer, cut, columns in _cuts(problem, layers, free, budget):
+        if together and width + columns > budget:
+            yield _layer_rows(problem, penalty, together, free)
+            together, width = [], 0
+        together.append((layer, cut))
+        width += columns
+    if together:
+        yield _layer_rows(problem, penalty, together, free)
     pending: list[str] = []
     width = 0
     for name in rest:
@@ -227,32 +230,50 @@ def _plain_rows(problem: Problem, names: list[str], cut: slice) -> Tensor:
     return rows
 
 
+def _cuts(
+    problem: Problem, layers: list[Layer], free: list[str], budget: int
+) -> Iterator[tuple[Layer, slice, int]]:
+    """Explicit layers, a large one in slices of its output channels, with the columns of each."""
+    for layer in layers:
+        outs = layer.outs
+        weighed = layer.weight not in free
+        shifted = layer.bias is not None and layer.bias not in free
+        each = (layer.module.weight.numel() // outs if weighed else 0) + shifted
+        if not each:
+            continue
+        step = max(1, min(outs, budget // each))
+        for start in range(0, outs, step):
+            stop = min(start + step, outs)
+            yield layer, slice(start, stop), each * (stop - start)
+
+
 def _layer_rows(
-    problem: Problem, penalty: Mapping[str, Tensor], layer: Layer, cut: slice, free: list[str]
+    problem: Problem,
+    penalty: Mapping[str, Tensor],
+    cuts: list[tuple[Layer, slice]],
+    free: list[str],
 ) -> tuple[Tensor, Tensor]:
-    """Rows of one convolution or sequence layer for the output channels in `cut`."""
-    k = problem.n_columns
-    parts = []
-    for at in forward_chunks(problem):
-        for _, a, delta in backpropagate(problem, [layer], at):
-            patches, delta = as_positions(layer.module, a, delta)
-            delta = delta[..., cut, :]
-            blocks = []
-            if layer.weight not in free:
-                blocks.append(torch.einsum("ckot,cit->ckoi", delta, patches).flatten(2))
-            if layer.bias and layer.bias not in free:
-                blocks.append(delta.sum(dim=3))
-            if blocks:
-                parts.append(torch.cat(blocks, dim=2).flatten(0, 1))
+    """Rows of these layers' output channels, from one pass over the data."""
     weight = []
-    if layer.weight not in free:
-        weight.append(_reciprocal(penalty[layer.weight][cut]))
-    if layer.bias and layer.bias not in free:
-        weight.append(_reciprocal(penalty[layer.bias][cut]))
-    none = torch.zeros(0, dtype=torch.float64, device=problem.device)
-    if not weight:
-        return none.reshape(1, 0).expand(problem.n_samples * k, 0).clone(), none
-    return torch.cat(parts), torch.cat(weight)
+    for layer, cut in cuts:
+        if layer.weight not in free:
+            weight.append(_reciprocal(penalty[layer.weight].reshape(layer.outs, -1)[cut]))
+        if layer.bias and layer.bias not in free:
+            weight.append(_reciprocal(penalty[layer.bias][cut]))
+    inverse = torch.cat(weight)
+    rows = torch.empty(problem.n_rows, len(inverse), dtype=torch.float64, device=problem.device)
+    k = problem.n_columns
+    for at in forward_chunks(problem):
+        blocks = []
+        passed = backpropagate(problem, [layer for layer, _ in cuts], at)
+        for (_, cut), (layer, a, delta) in zip(cuts, passed, strict=True):
+            scaled, shift = rows_of(layer, a, delta, cut)
+            if layer.weight not in free:
+                blocks.append(scaled)
+            if layer.bias and layer.bias not in free:
+                blocks.append(shift)
+        rows[at.start * k : at.stop * k] = torch.cat(blocks, dim=2).flatten(0, 1)
+    return rows, inverse
 
 
 # --- filling the upper triangle -----------------------------------------------------------------

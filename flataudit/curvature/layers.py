@@ -1,8 +1,9 @@
 """Modules whose rows of B follow from their input and their output's gradient.
 
 For Linear and Conv2d a vector-Jacobian product is the output's gradient (the delta) times the
-input: no Jacobian is needed. That holds for a module that runs once, on inputs with samples first,
-and whose parameters belong to it alone; every other parameter takes the Jacobian route.
+input, for a normalisation with a scale and a shift the delta times the normalised input: no
+Jacobian is needed. That holds for a module that runs once, on inputs with samples first, and whose
+parameters belong to it alone; every other parameter takes the Jacobian route.
 """
 
 from __future__ import annotations
@@ -13,22 +14,31 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flataudit.curvature.problem import Problem, evaluate
+
+Norm = nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A module whose rows follow from its input and its output's gradient."""
 
-    module: nn.Linear | nn.Conv2d
+    module: nn.Linear | nn.Conv2d | Norm
     weight: str
     bias: str | None
-    explicit: bool  # rows formed (convolutions, sequences); else the Hadamard form
+    explicit: bool  # rows formed (convolutions, sequences, norms); else the Hadamard form
+
+    @property
+    def outs(self) -> int:
+        """Output channels, or the features of a norm, each with a bias of its own."""
+        weight = self.module.weight
+        return weight.shape[0] if isinstance(self.module, nn.Linear | nn.Conv2d) else weight.numel()
 
 
 def find_layers(problem: Problem) -> list[Layer]:
-    """Linear and Conv2d modules whose parameters belong to them alone and which run once."""
+    """Linear, Conv2d and norm modules whose parameters are theirs alone and which run once."""
     if problem.repeat != 1:  # an exported graph: its submodules are untyped
         return []
     owners = Counter(
@@ -56,7 +66,7 @@ def find_layers(problem: Problem) -> list[Layer]:
         for handle in handles:
             handle.remove()
     for module in candidates:
-        assert isinstance(module, nn.Linear | nn.Conv2d)
+        assert isinstance(module, nn.Linear | nn.Conv2d | Norm)
         own = [module.weight] + ([] if module.bias is None else [module.bias])
         ndim = shapes.get(id(module), -1)
         if calls[id(module)] != 2 or ndim < 0 or (isinstance(module, nn.Conv2d) and ndim != 4):
@@ -64,12 +74,17 @@ def find_layers(problem: Problem) -> list[Layer]:
         if any(owners[id(p)] != 1 or id(p) not in names for p in own):
             continue
         bias = None if module.bias is None else names[id(module.bias)]
-        explicit = isinstance(module, nn.Conv2d) or ndim != 2
+        explicit = not isinstance(module, nn.Linear) or ndim != 2
         found.append(Layer(module, names[id(module.weight)], bias, explicit))
     return found
 
 
 def _supported(module: nn.Module) -> bool:
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):  # with the statistics of training
+        fixed = not module.training and module.running_mean is not None
+        return fixed and module.weight is not None
+    if type(module) in (nn.LayerNorm, nn.GroupNorm):
+        return module.weight is not None
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros"
         return plain and not isinstance(module.padding, str)
@@ -151,7 +166,19 @@ def forward_chunks(problem: Problem) -> Iterator[slice]:
     yield from problem.chunks(32 * (problem.x.values_per_sample + 64 * problem.n_columns))
 
 
-def as_positions(module: nn.Linear | nn.Conv2d, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def rows_of(layer: Layer, a: Tensor, delta: Tensor, cut: slice) -> tuple[Tensor, Tensor]:
+    """Rows of the weight (c, K', columns) and of the bias (c, K', outs), of the outs in `cut`."""
+    module = layer.module
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        patches, delta = _as_positions(module, a, delta)
+        delta = delta[..., cut, :]
+        return torch.einsum("ckot,cit->ckoi", delta, patches).flatten(2), delta.sum(dim=3)
+    scaled, delta = _normalised(module, a, delta)
+    delta = delta[..., cut, :]
+    return (delta * scaled[:, None, cut]).sum(dim=3), delta.sum(dim=3)
+
+
+def _as_positions(module: nn.Linear | nn.Conv2d, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs as (c, in, t) patches and deltas as (c, K', out, t) over positions t."""
     if isinstance(module, nn.Conv2d):
         patches = torch.nn.functional.unfold(
@@ -163,3 +190,20 @@ def as_positions(module: nn.Linear | nn.Conv2d, a: Tensor, delta: Tensor) -> tup
         )
         return patches, delta.flatten(3)
     return a.flatten(1, -2).mT, delta.flatten(2, -2).mT
+
+
+def _normalised(module: Norm, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs before scale and shift (c, outs, t), deltas (c, K', outs, t), over positions t."""
+    if isinstance(module, nn.LayerNorm):
+        outs = module.weight.numel()
+        a = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+        return a.reshape(len(a), -1, outs).mT, delta.reshape(*delta.shape[:2], -1, outs).mT
+    if isinstance(module, nn.GroupNorm):
+        a = functional.group_norm(a, module.num_groups, eps=module.eps)
+    else:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        statistics = module.running_mean.to(a.dtype), module.running_var.to(a.dtype)
+        a = functional.batch_norm(a, *statistics, eps=module.eps)
+    outs = a.shape[1]
+    return a.reshape(len(a), outs, -1), delta.reshape(*delta.shape[:2], outs, -1)
