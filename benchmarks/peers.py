@@ -119,8 +119,9 @@ def _line(row: dict[str, Any]) -> str:
     head = f"{row['case']:16} {row['method']:18}"
     if row["status"] != "done":
         return f"{head} {row['status']}: {row.get('reason', '')}"
+    values = f"soft rank {row['soft_rank']}, tic {row['tic']}, loo {row['loo']}"
     return (
-        f"{head} soft rank {row['soft_rank']:.6g}, tic {row['tic']}, loo {row['loo']};"
+        f"{head} {row['note'] if row['soft_rank'] is None else values};"
         f" {row['wall_seconds']:.2f} s wall, {row['cpu_seconds']:.2f} s CPU,"
         f" {row['peak_bytes'] / 1e9:.2f} GB, load {row['load_before']}"
     )
