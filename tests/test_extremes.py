@@ -17,8 +17,8 @@ from flataudit.solvers.base import pseudo_inverse_root, spectrum_of
 X = torch.tensor([[1.5], [-0.3]], dtype=torch.float64)
 
 
-def line(weight: float, outputs: int = 1) -> nn.Module:
-    model = nn.Linear(1, outputs, bias=False).double()
+def line(weight: float, outputs: int = 1, inputs: int = 1) -> nn.Module:
+    model = nn.Linear(inputs, outputs, bias=False).double()
     with torch.no_grad():
         model.weight.fill_(weight)
     return model
@@ -68,12 +68,14 @@ def test_poisson_rates_out_of_range_are_judged(output):
 
 
 def test_a_factorisation_that_breaks_down_is_followed_by_the_other():
-    data = (torch.ones(3, 1, dtype=torch.float64), torch.tensor([9000, 8000, 7000]))
-    report = audit(line(300.0), data, family="poisson", penalty=1.0)
+    x = torch.zeros(3, 9, dtype=torch.float64)  # P above N, all of it in one direction
+    x[:, 0] = 1.0
+    data = (x, torch.tensor([9000, 8000, 7000]))
+    report = audit(line(300.0, inputs=9), data, family="poisson", penalty=1.0)
     assert report.solver.name == "primal"
     assert report.solver.reason.endswith(", dual broke down")
     with pytest.raises(BreakdownError, match="use solver=primal"):
-        audit(line(300.0), data, family="poisson", penalty=1.0, solver="dual")
+        audit(line(300.0, inputs=9), data, family="poisson", penalty=1.0, solver="dual")
 
 
 def test_estimates_out_of_range_are_a_named_error():
