@@ -235,13 +235,17 @@ def matrix_free_table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for part, solver in (("accuracy", "lanczos"), ("sampling", "sampling")):
-        for row in found.get(part, {}).get("cases", []):
+        if part not in found:
+            continue
+        total = {**found[part]["total"], "case": "all", "penalty": None}
+        for row in [*found[part]["cases"], total]:
             cells = [
                 f"{row[q]['largest_error']:.2%} ({row[q]['inside']} in)" if q in row else ""
                 for q in ("soft_rank", "tic", "loo")
             ]
+            penalty = "" if row["penalty"] is None else f"{row['penalty']:g}"
             lines.append(
-                f"| {solver} | {row['case']} | {row['penalty']:g} | {row['runs']}"
+                f"| {solver} | {row['case']} | {penalty} | {row['runs']}"
                 f" | {row['mean_products']:,.0f} | {' | '.join(cells)} |"
             )
     return "\n".join(lines)
