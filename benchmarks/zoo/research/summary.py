@@ -1,0 +1,482 @@
+"""Scores of everything that was tried, and the rows they come from: research.json.
+
+    python -m benchmarks.zoo.research.summary [--store FOLDER ...] [--draws 400]
+
+With --store (as often as there are stores) the rows are read from those folders, else from
+research.json itself, so that every score can be computed again without a model. Rows are rounded
+to six digits first. The combinations come from results.parquet alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.machine import machine
+from benchmarks.zoo.grid import grid
+from benchmarks.zoo.measure import LIBRARIES, RESULTS
+from benchmarks.zoo.research import recalibrate, training
+from benchmarks.zoo.research.scoring import (
+    LIST,
+    bias,
+    mean_change,
+    out_of_data_set,
+    scored,
+)
+from benchmarks.zoo.research.trajectory import AVERAGES
+from benchmarks.zoo.rule_fit import branch, criterion
+from benchmarks.zoo.rules import (
+    LOO,
+    RECALIBRATED,
+    SOFT_RANK,
+    TIC,
+    Row,
+    Rule,
+    blend,
+    both,
+    decided,
+    never_sharper,
+    number,
+)
+from benchmarks.zoo.scores import read
+from benchmarks.zoo.store import read_rows
+
+Json = dict[str, Any]
+
+OUT = Path(__file__).parents[1] / "research.json"
+DIGITS = 6
+TRAINING_ONLY = ("accuracy", "temperature", "logistic", "beta")
+# c in PHI = 1 + c noise and 1/(1 + c noise), and PHI for all networks alike, the control.
+NOISE_FACTORS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
+CONSTANT_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+def column(name: str) -> Rule:
+    """A column of the row as an estimate."""
+    return lambda row: number(row, name)
+
+
+def by_list(row: Row) -> float | None:
+    """What the decision list takes."""
+    found = decided(row)
+    return None if found is None else found.gap
+
+
+# --- combinations of the committed estimates ------------------------------------------------------
+
+
+def of_parts(combine: Any, *parts: Rule) -> Rule:
+    """`combine` of the parts that exist; LOO where the recalibrated soft rank does not."""
+
+    def rule(row: Row) -> float | None:
+        values = [part(row) for part in parts]
+        known = [value for value in values if value is not None and value > 0]
+        return float(combine(known)) if known else None
+
+    return rule
+
+
+def energy_left_out(row: Row) -> float | None:
+    """TIC with leave-one-out residuals: information ratio x soft rank."""
+    ratio, rank = number(row, "record_information_ratio"), SOFT_RANK(row)
+    return None if ratio is None or rank is None else ratio * rank
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(float(np.mean(np.log(values))))
+
+
+CLIPPED = never_sharper(RECALIBRATED)
+COMBINATIONS: dict[str, Rule] = {
+    LIST: by_list,
+    "soft rank": SOFT_RANK,
+    "recalibrated": CLIPPED,
+    "loo": LOO,
+    "tic": TIC,
+    "tic with loo residuals": energy_left_out,
+    "blend even where sharper": lambda row: LOO(row) if RECALIBRATED(row) is None else blend(row),
+    "median of soft rank, recalibrated, tic with loo residuals": of_parts(
+        np.median, SOFT_RANK, CLIPPED, energy_left_out
+    ),
+    "median of soft rank, recalibrated, loo": of_parts(np.median, SOFT_RANK, CLIPPED, LOO),
+    "geometric mean of soft rank, recalibrated, loo": of_parts(
+        geometric_mean, SOFT_RANK, CLIPPED, LOO
+    ),
+    "loo and soft rank": both(LOO, SOFT_RANK),
+    "loo and recalibrated": both(LOO, CLIPPED),
+    "largest of soft rank, recalibrated, loo": of_parts(max, SOFT_RANK, CLIPPED, LOO),
+    "smallest of soft rank, recalibrated, loo": of_parts(min, SOFT_RANK, CLIPPED, LOO),
+    "200 held-out labels": column("held_gap"),
+}
+
+
+def combinations(rows: Sequence[Row], draws: int) -> Json:
+    """The open branch by combinations of its estimates, and networks without a record."""
+    nets = [row for row in rows if row["architecture"] != "glm"]
+    evidence = {
+        "soft rank": column("evidence_soft_rank"),
+        "loo": column("evidence_loo"),
+        "blend": both(column("evidence_soft_rank"), column("evidence_soft_rank_recalibrated")),
+        "loo with the record": LOO,
+    }
+    opened = [row for row in rows if branch(row) == "network"]
+    return {
+        "models": len(opened),
+        "scores": scored(opened, COMBINATIONS, draws),
+        "out_of_data_set": out_of_data_set(
+            opened, {k: v for k, v in COMBINATIONS.items() if "labels" not in k}, draws
+        ),
+        "without_record": {
+            "models": len(nets),
+            "scores": {
+                name: {"score": criterion(nets, rule), "bias": bias(nets, rule)}
+                for name, rule in evidence.items()
+            },
+        },
+        "by_share_of_decay": by_share_of_decay(nets),
+    }
+
+
+def by_share_of_decay(nets: Sequence[Row]) -> Json:
+    """The list's bias by the share of weight decay in D."""
+    found = {}
+    for low, high in ((0.0, 0.02), (0.02, 0.1), (0.1, 0.3), (0.3, 0.7), (0.7, 1.01)):
+        of = [
+            row
+            for row in nets
+            if (whole := number(row, "record_penalty"))
+            and low <= (number(row, "decay_penalty") or 0.0) / whole < high
+        ]
+        found[f"{low:g} to {min(high, 1):g}"] = {"models": len(of), "bias": bias(of, by_list)}
+    return found
+
+
+# --- recalibration --------------------------------------------------------------------------------
+
+
+def recalibrated(variant: str, blended: bool = False) -> Rule:
+    """The variant's soft rank, or its blend; the soft rank where it sharpens the model, and
+    leave-one-out where there are no classes: as the list does."""
+
+    def rule(row: Row) -> float | None:
+        found, soft = number(row, variant), number(row, "soft_rank")
+        if found is None or soft is None:
+            return LOO(row)
+        if row[f"{variant}_sharper"]:
+            return soft
+        return math.sqrt(found * soft) if blended else found
+
+    return rule
+
+
+def or_loo(name: str) -> Rule:
+    """A column; leave-one-out where it does not exist."""
+    return lambda row: LOO(row) if number(row, name) is None else number(row, name)
+
+
+def recalibration_rules(source: str) -> dict[str, Rule]:
+    """Both uses of each variant of a source: loo (training data alone), heldout or test."""
+    variants = [f"{source}_{method}" for method in TRAINING_ONLY]
+    if source == "loo":
+        variants += ["loo_again", "loo_root"]
+    if source == "test":
+        variants = ["test_accuracy", "test_temperature"]
+    return {
+        f"{variant}{', blend' * blended}": recalibrated(variant, bool(blended))
+        for variant in variants
+        for blended in (0, 1)
+    }
+
+
+def recalibration(rows: Sequence[Row], draws: int) -> Json:
+    """Every recalibration on the open branch; out of data set among those without labels."""
+    free: dict[str, Rule] = {LIST: by_list} | recalibration_rules("loo")
+    other: dict[str, Rule] = {
+        "loo_recalibrated": or_loo("loo_recalibrated"),
+        "tic_recalibrated": or_loo("tic_recalibrated"),
+        "undone": or_loo("undone"),
+        "200 held-out labels": column("held_gap"),
+    }
+    labelled = recalibration_rules("heldout") | recalibration_rules("test")
+    with_labels = {LIST: by_list} | recalibration_rules("heldout")
+    return {
+        "models": len(rows),
+        "scores": scored(rows, free | other | labelled, draws),
+        "out_of_data_set": out_of_data_set(rows, free, draws),
+        "out_of_data_set, 200 labels": out_of_data_set(rows, with_labels, draws),
+        "temperature of 200 labels minus their gap": scored(
+            rows,
+            {
+                LIST: column("held_gap"),
+                "blend": recalibrated("heldout_temperature", blended=True),
+            },
+            draws,
+        )["blend"]["minus_list"],
+    }
+
+
+# --- schedules, batches and the path --------------------------------------------------------------
+
+
+SERIES_RULES: dict[str, Rule] = {
+    LIST: column("list"),
+    "soft rank": SOFT_RANK,
+    "recalibrated": CLIPPED,
+    "blend": never_sharper(blend),
+    "loo": LOO,
+    "tic": TIC,
+    "path": column("path"),
+    "path and soft rank": both(column("path"), SOFT_RANK),
+    "undone": column("undone"),
+    **{
+        name: column(name)
+        for kind in AVERAGES
+        for name in (
+            f"rank_{kind}", f"tic_{kind}", f"loo_{kind}", f"info_{kind}", f"tic_{kind}_both",
+            f"loo_{kind}_both",
+        )
+    },
+    **{
+        f"rank_{kind} and soft rank": both(column(f"rank_{kind}"), SOFT_RANK)
+        for kind in AVERAGES
+    },
+    **{
+        f"loo_{kind}_both and soft rank": both(column(f"loo_{kind}_both"), SOFT_RANK)
+        for kind in AVERAGES
+    },
+    **{f"loo_{kind} and loo": both(column(f"loo_{kind}"), LOO) for kind in AVERAGES},
+}  # fmt: skip
+
+
+def is_series(row: Row) -> bool:
+    return str(row["block"]).startswith("series")
+
+
+def effects(rows: Sequence[Row], draws: int) -> Json:
+    """What a schedule and a batch size change at equal time, within groups.
+
+    By schedule against constant, and by batch against BATCH: the mean log ratio of the true gaps,
+    and of estimate/gap.
+    """
+    series = [row for row in rows if is_series(row)]
+    base = {
+        row["group"]: row
+        for row in series
+        if row["schedule"] == "constant" and row["batch_size"] == training.BATCH
+    }
+    values: dict[str, Any] = {"gap": column("gap")} | {
+        f"{name}/gap": over_gap(SERIES_RULES[name])
+        for name in (LIST, "soft rank", "loo", "blend", "path")
+    }
+    found: Json = {}
+    for what in (*training.SCHEDULES[1:], *map(kind_of_batch, training.BATCHES)):
+        pairs = [
+            (base[row["group"]], row)
+            for row in series
+            if row["group"] in base and what in (row["schedule"], batch_of(row))
+        ]
+        found[what] = {name: mean_change(pairs, value, draws) for name, value in values.items()}
+    return found
+
+
+def over_gap(rule: Rule) -> Rule:
+    """The ratio of the estimate to the true gap, where both are above 0."""
+
+    def ratio(row: Row) -> float | None:
+        value = rule(row)
+        return None if value is None or value <= 0 or row["gap"] <= 0 else value / row["gap"]
+
+    return ratio
+
+
+def kind_of_batch(size: int) -> str:
+    return f"batch {size or 'all'}"
+
+
+def batch_of(row: Row) -> str:
+    size = row["batch_size"]
+    return kind_of_batch(0 if size == row["n"] else size)
+
+
+def at_factor(name: str, factor: float) -> Rule:
+    """An estimate at PHI times the training time, interpolated in logarithms; PHI within FACTORS.
+
+    name: soft_rank, loo, recalibrated (never sharper) or blend.
+    """
+
+    def rule(row: Row) -> float | None:
+        ends = [_at(row, name, known) for known in training.FACTORS]
+        if any(value is None or value <= 0 for value in ends):
+            return number(row, "list")
+        logs = np.log(np.array(ends, dtype=float))
+        return float(np.exp(np.interp(math.log(factor), np.log(training.FACTORS), logs)))
+
+    return rule
+
+
+def _at(row: Row, name: str, factor: float) -> float | None:
+    soft = number(row, f"at_{factor:g}_soft_rank")
+    if name in ("soft_rank", "loo"):
+        return number(row, f"at_{factor:g}_{name}")
+    found, scale = number(row, f"at_{factor:g}_recalibrated"), number(row, f"at_{factor:g}_scale")
+    if found is None or scale is None or soft is None or scale >= 1.0:
+        return soft
+    return math.sqrt(found * soft) if name == "blend" else found
+
+
+def factors_of(name: str, kind: str) -> dict[str, Rule]:
+    """The candidates for PHI: by noise (longer, shorter) or constant; the first changes nothing."""
+    if kind == "constant":
+        return {LIST: at_factor(name, 1.0)} | {
+            f"{c:g}": at_factor(name, c) for c in CONSTANT_FACTORS
+        }
+
+    def noisy(c: float) -> Rule:
+        def rule(row: Row) -> float | None:
+            longer = 1.0 + c * row["noise"]
+            return at_factor(name, longer if kind == "longer" else 1.0 / longer)(row)
+
+        return rule
+
+    return {LIST: noisy(0.0)} | {f"{c:g}": noisy(c) for c in NOISE_FACTORS if c}
+
+
+def series(rows: Sequence[Row], draws: int) -> Json:
+    """Part two and three: effects at equal time, factors of the time, and the path's estimates."""
+    regimes = {
+        "all": list(rows),
+        "series": [row for row in rows if is_series(row)],
+        "long": [row for row in rows if not is_series(row)],
+        "saturated": [row for row in rows if row["by_loo_saturated"]],
+        "by the blend": [row for row in rows if row["estimator"] == "soft_rank_blend"],
+    }
+    return {
+        "models": len(rows),
+        "gap_effects": effects(rows, draws),
+        "time_factors": {
+            f"{name}, {kind}": out_of_data_set(rows, factors_of(name, kind), draws)
+            for name in ("soft_rank", "loo", "blend")
+            for kind in ("longer", "shorter", "constant")
+        },
+        "regimes": {
+            name: {
+                "models": len(of),
+                "scores": scored(of, SERIES_RULES, draws),
+                "out_of_data_set": out_of_data_set(of, SERIES_RULES, draws),
+            }
+            for name, of in regimes.items()
+            if of
+        },
+    }
+
+
+# --- rows and the file ----------------------------------------------------------------------------
+
+
+def tables_of(stores: Sequence[Path]) -> dict[str, list[Json]]:
+    """The rows of both passes from the stores, rounded."""
+    found: dict[str, list[Json]] = {"recalibration": [], "training": []}
+    for store in stores:
+        found["recalibration"] += read_rows(store, recalibrate.KIND, grid())
+        found["training"] += read_rows(store, training.KIND, training.cells())
+    return {name: [significant(row) for row in rows] for name, rows in found.items()}
+
+
+def significant(row: Json) -> Json:
+    """Floats with DIGITS significant digits."""
+    return {
+        key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        for key, value in row.items()
+    }
+
+
+def from_file(path: Path) -> dict[str, list[Json]]:
+    """The rows that research.json holds."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {
+        name: [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        for name, table in tables.items()
+    }
+
+
+def summarise(tables: Mapping[str, Sequence[Json]], measured: Sequence[Row], draws: int) -> Json:
+    """All of research.json but the rows."""
+    rows = [row for row in measured if number(row, "gap") is not None and decided(row) is not None]
+    of = {row["name"]: row for row in tables["recalibration"]}
+    joined = [
+        {**row, **of[row["name"]]}
+        for row in rows
+        if row["name"] in of and branch(row) == "network"
+    ]  # fmt: skip
+    found: Json = {"score": "mean over data sets of the mean excess error, capped at log 4"}
+    found["combinations"] = combinations(rows, draws)
+    if joined:
+        found["recalibration"] = recalibration(joined, draws)
+    if tables["training"]:
+        found["training"] = series(tables["training"], draws)
+    return found
+
+
+def text_of(found: Json, tables: Mapping[str, Sequence[Json]]) -> str:
+    """The file: scores indented, one line per row."""
+    parts = [json.dumps(rounded(found), indent=1, allow_nan=False).removesuffix("\n}")]
+    blocks = []
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = ",\n".join(
+            json.dumps([row.get(key) for key in columns], allow_nan=False) for row in rows
+        )
+        blocks.append(f'  "{name}": {{"columns": {json.dumps(columns)}, "rows": [\n{lines}\n]}}')
+    parts.append(',\n "rows": {\n' + ",\n".join(blocks) + "\n }\n}\n")
+    return "".join(parts)
+
+
+def rounded(value: Any) -> Any:
+    """Floats with four decimals, null where not finite."""
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def table(scores: Json) -> str:
+    """Scores as text, best first."""
+    lines = []
+    for name, row in sorted(scores.items(), key=lambda item: item[1]["score"]):
+        d = row["minus_list"]
+        interval = f"{d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
+        lines.append(f"{name:60} {row['score']:.3f}  {row['bias']:+.2f}  {interval}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", type=Path, action="append", help="folder with rows")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--draws", type=int, default=400, help="of the bootstrap")
+    given = parser.parse_args()
+    if given.store:
+        tables, about = tables_of(given.store), machine(1, (*LIBRARIES, "netcal"))
+    else:
+        tables = from_file(OUT)
+        about = json.loads(OUT.read_text(encoding="utf-8"))["environment"]
+    found = {"environment": about} | summarise(tables, read(RESULTS), given.draws)
+    given.out.write_text(text_of(found, tables), encoding="utf-8")
+    for part in ("combinations", "recalibration"):
+        if part in found:
+            print(f"{part}: {found[part]['models']} models\n{table(found[part]['scores'])}\n")
+    for name, regime in found.get("training", {}).get("regimes", {}).items():
+        print(f"training, {name}: {regime['models']} models\n{table(regime['scores'])}\n")
+
+
+if __name__ == "__main__":
+    main()
