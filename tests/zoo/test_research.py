@@ -15,8 +15,8 @@ from benchmarks.zoo.fit import fit, rate_at
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import RESULTS
 from benchmarks.zoo.research import curvature as c
+from benchmarks.zoo.research import path_estimates, paths, scoring, summary, training
 from benchmarks.zoo.research import recalibrate as r
-from benchmarks.zoo.research import scoring, summary, training
 from benchmarks.zoo.research import trajectory as t
 from benchmarks.zoo.rules import SOFT_RANK
 from benchmarks.zoo.scores import read
@@ -30,8 +30,8 @@ NET = Cell("r", "digits", "mlp", 60, 1e-2, width=4, depth=1, activation="relu", 
 @pytest.fixture(scope="module")
 def trained():
     drawn = draw(NET)
-    network, record, path = training.with_path(NET, drawn)
-    return penalised(NET, network, record, drawn)[0], path, network, drawn
+    network, record, path = path_estimates.with_path(NET, drawn)
+    return penalised(NET, network, record, drawn)[0], path, network, drawn, record
 
 
 # --- Lambda ---------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def test_a_class_without_labels_is_no_obstacle():
 
 def test_the_row_holds_the_audits_own_numbers(trained):
     pytest.importorskip("netcal")
-    found, _, network, drawn = trained
-    record = {"optimizer": "sgd", "time": NET.lr, "sum_lr": 1.0, "weight_decay": 1e-2}
+    network, drawn = trained[2:4]
+    record = {"optimizer": "sgd", "time": 60.0, "sum_lr": 6.0, "weight_decay": 1e-2}
     row = r.recalibrations(NET, network, record, drawn)
     fitted = penalised(NET, network, record, drawn)[0]
     assert row["soft_rank"] == pytest.approx(float(estimates.soft_rank(fitted.variance).mean()))
@@ -139,8 +139,8 @@ def test_the_row_holds_the_audits_own_numbers(trained):
     assert row["loo_accuracy"] == pytest.approx(float(estimates.soft_rank(scaled).mean()), rel=1e-8)
     assert row["loo_accuracy_sharper"] == (row["scale"] >= 1.0)
     assert all(value is None or math.isfinite(value) for value in row.values())
-    assert r.recalibrations(dataclasses.replace(NET, data="diabetes"), None, None,
-                            argparse.Namespace(pools=argparse.Namespace(task="regression"))) == {}  # fmt: skip
+    real = argparse.Namespace(pools=argparse.Namespace(task="regression"))
+    assert r.recalibrations(NET, None, None, real) == {}
 
 
 # --- times and averages ---------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_weights_of_checkpoints():
 
 
 def test_a_single_checkpoint_gives_the_ordinary_estimates(trained):
-    found, path, *_ = trained
+    found, path, _, _, record = trained
     last = t.Path(path.times[-1:], path.outputs[-1:])
-    row = training.along_path(found, last, NET.weight_decay)
+    row = path_estimates.along_path(found, record, last, both=True)
     problem, family = found.problem, found.problem.family
     v = problem.factor.residual
     left = estimates.loo(found.variance, v, family, problem.outputs, problem.y)
@@ -232,11 +232,43 @@ def test_a_path_of_constant_residuals_is_gradient_flows_response():
     assert torch.allclose(found, wanted, rtol=1e-9)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_the_flows_metric_gives_the_audits_penalty(optimizer):
+    cell = dataclasses.replace(NET, optimizer=optimizer, lr=0.02, epochs=5, weight_decay=0.05)
+    drawn = draw(cell)
+    network, record, path = path_estimates.with_path(cell, drawn)
+    found = penalised(cell, network, record, drawn)[0]
+    metric, p, w = path_estimates.flow_metric(found, record)
+    for name, d in found.penalty.items():
+        m = metric[name] / p  # Adam's weight decay is in theta's own units, the others' in M's
+        assert torch.allclose(d, m * (p - w) + (0.05 if optimizer == "adam" else 0.05 * m))
+    assert path.times[-1] == pytest.approx(1 / (p - w))
+
+
+def test_the_path_ends_where_early_stopping_did():
+    cell = dataclasses.replace(NET, early_stopping=True, epochs=300, lr=0.1, weight_decay=0.0)
+    drawn = draw(cell)
+    network, record, path = path_estimates.with_path(cell, drawn)
+    assert path.times[-1] == pytest.approx(record.training_time())
+    with torch.no_grad():
+        assert torch.allclose(path.outputs[-1], network(torch.as_tensor(drawn.train.x)).double())
+
+
+def test_networks_of_the_zoo_are_drawn_in_proportion():
+    rows = paths.chosen(read(RESULTS))
+    assert len(rows) >= 100
+    assert max(row["n_params"] for row in rows) <= paths.MOST
+    first = [row["data"] for row in rows[: len(rows) // 2]]
+    for data in {row["data"] for row in rows}:
+        whole = sum(row["data"] == data for row in rows)
+        assert abs(first.count(data) - whole / 2) <= 1
+
+
 def test_checkpoints_are_whole_steps_from_the_first_to_the_last(trained):
     steps = t.checkpoints(1200, 40)
     assert (steps[0], steps[-1]) == (0, 1200)
     assert steps == sorted(set(steps))
-    path, network, drawn = trained[1:]
+    path, network, drawn = trained[1:4]
     assert path.times[0] == 0.0
     x = torch.as_tensor(drawn.train.x)
     with torch.no_grad():

@@ -33,36 +33,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from benchmarks.zoo.baselines import penalised
 from benchmarks.zoo.data import Unavailable
 from benchmarks.zoo.draw import Drawn, draw
-from benchmarks.zoo.fit import MOMENTUM, TrainingFailed, fit_network, tensors
+from benchmarks.zoo.fit import MOMENTUM, TrainingFailed
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import audits, pair, truth
-from benchmarks.zoo.research.curvature import (
-    RankAt,
-    categorical_variance,
-    functional_variance,
-    gap_of_energy,
-    left_out_outputs,
-    rise,
-    scaled_jacobian,
-    square_root,
-    undo_own_training,
-)
+from benchmarks.zoo.research.curvature import RankAt, scaled_jacobian
+from benchmarks.zoo.research.path_estimates import along_path, with_path
 from benchmarks.zoo.research.recalibrate import accuracy_scale
-from benchmarks.zoo.research.trajectory import (
-    AVERAGES,
-    Path,
-    average_weights,
-    averaged,
-    checkpoints,
-    path_shift,
-    rate_for,
-    times_of,
-)
+from benchmarks.zoo.research.trajectory import rate_for
 from benchmarks.zoo.rules import decided
 from benchmarks.zoo.store import fields, row_path, sources_of, write_row
 from flataudit import FlatauditError, estimates
@@ -89,7 +70,6 @@ TASKS: dict[tuple[str, str], Json] = {
 }
 NOISE, SEEDS = (0.0, 0.2), (0, 1)
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # PHI: of the training time
-CHECKPOINTS = 40
 
 
 def cells() -> list[Cell]:
@@ -153,7 +133,7 @@ def measured(cell: Cell, drawn: Drawn) -> Json:
     """The row of one network."""
     network, record, path = with_path(cell, drawn)
     train = pair(cell, drawn.train)
-    report = audits(network, record, train, "auto")["record"]()
+    report = audits(network, record.to_record(), train, "auto")["record"]()
     n, steps = cell.n, cell.epochs * math.ceil(cell.n / cell.batch_size)
     row = fields(cell) | {"name": name_of(cell)}
     row |= {"group": f"{cell.block}-{cell.data}-{cell.label_noise:g}-s{cell.seed}"}
@@ -180,28 +160,9 @@ def measured(cell: Cell, drawn: Drawn) -> Json:
     chosen = decided(row)
     row["estimator"] = None if chosen is None else chosen.estimator
     fit, _ = penalised(cell, network, record, drawn)
-    row |= with_other_times(fit, cell.weight_decay) | along_path(fit, path, cell.weight_decay)
+    row |= with_other_times(fit, cell.weight_decay)
+    row |= along_path(fit, record, path, both=True)
     return {key: _plain(value) for key, value in row.items()}
-
-
-def with_path(cell: Cell, drawn: Drawn) -> tuple[nn.Module, Any, Path]:
-    """The trained network, its record as a mapping and the outputs at its checkpoints."""
-    steps = cell.epochs * math.ceil(cell.n / cell.batch_size)
-    wanted = set(checkpoints(steps, CHECKPOINTS))
-    x, _ = tensors(drawn.train, drawn.pools.task)
-    kept: dict[int, Tensor] = {}
-
-    def watch(network: nn.Module, step: int) -> None:
-        if step in wanted:
-            network.eval()
-            with torch.no_grad():
-                kept[step] = network(x).double()
-            network.train()
-
-    fitted = fit_network(cell, drawn, watch)
-    times = times_of(cell.schedule, steps, cell.lr)
-    path = Path(times[sorted(kept)], torch.stack([kept[step] for step in sorted(kept)]))
-    return fitted.model, fitted.record.to_record(), path
 
 
 def with_other_times(fit: PenalisedFit, decay: float) -> Json:
@@ -222,44 +183,6 @@ def with_other_times(fit: PenalisedFit, decay: float) -> Json:
             scale = accuracy_scale(family, problem.outputs, (left.outputs, problem.y))
             root = family.factor(problem.outputs * scale, problem.y).root
             row[f"{key}_recalibrated"], row[f"{key}_scale"] = rank_at(root), scale
-    return row
-
-
-def along_path(fit: PenalisedFit, path: Path, decay: float) -> Json:
-    """The estimates with residuals and Lambda averaged over the checkpoints."""
-    problem, family = fit.problem, fit.problem.family
-    assert isinstance(family, Categorical)
-    f, y = problem.outputs, problem.y
-    jacobian = scaled_jacobian(problem, fit.penalty)
-    residuals = torch.stack([family.residual(at, y) for at in path.outputs])
-    residuals[-1] = family.residual(f, y)  # the audit's own, of the float64 copy
-    variances = torch.stack(
-        [categorical_variance(torch.log_softmax(at, dim=1)) for at in (*path.outputs[:-1], f)]
-    )
-    final = variances[-1]
-    root = problem.factor.root
-    a = functional_variance(jacobian, root)
-    row: Json = {}
-    for kind in AVERAGES:
-        weights = average_weights(path.times, kind)
-        r, between = averaged(residuals, weights), averaged(variances, weights)
-        wide = functional_variance(jacobian, square_root(between))
-        left = left_out_outputs(a, final, r, f)
-        row |= {
-            f"rank_{kind}": float((between * wide).sum()) / len(f),
-            f"tic_{kind}": gap_of_energy(a, r),
-            f"loo_{kind}": rise(family, left, f, y),
-            f"info_{kind}": gap_of_energy(a, family.residual(left, y)),
-            f"tic_{kind}_both": gap_of_energy(wide, r),
-            f"loo_{kind}_both": rise(family, left_out_outputs(wide, between, r, f), f, y),
-        }
-    penalty = float(next(iter(fit.penalty.values())).flatten()[0])  # SGD's is one number
-    shift = path_shift(jacobian, root, residuals, path.times, penalty, decay)
-    eye = torch.eye(a.shape[1], dtype=a.dtype)
-    corrected = torch.linalg.solve(eye - a @ final, shift[:, :, None])[:, :, 0]
-    row["path"] = rise(family, f + corrected, f, y)
-    assert isinstance(fit.variance, FunctionalVariance)
-    row["undone"] = rise(family, undo_own_training(fit.variance, family, f, y), f, y)
     return row
 
 
