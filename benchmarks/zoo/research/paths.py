@@ -4,7 +4,7 @@
 
 Networks of classes in the decision list's open branch with at most MOST parameters, in an order
 drawn once within each data set, so that a run that is stopped has a stratified sample. Training is
-reproducible: a row holds train_nll, to be compared with that of the registered model. Columns:
+reproducible: own_nll is to be compared with the training NLL of the registered model. Columns:
 
     path, loo_AVERAGE, info_AVERAGE, tic_AVERAGE, rank_AVERAGE   as in `training`
     twice_ESTIMATE      soft_rank, loo and recalibrated at twice the training time: the control
@@ -51,7 +51,7 @@ def retraced(cell: Cell, drawn: Drawn) -> Json:
     fit, _ = penalised(cell, network, record, drawn)
     problem, family = fit.problem, fit.problem.family
     assert isinstance(family, Categorical)
-    row: Json = {"train_nll": float(family.nll(problem.outputs, problem.y).mean())}
+    row: Json = {"own_nll": float(family.nll(problem.outputs, problem.y).mean())}
     row |= along_path(fit, record, path)
     metric, penalty, decay = flow_metric(fit, record)
     half = 0.5 * (penalty - decay) / penalty  # of D' = p M, what 1/T is, halved

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.common.machine import machine
 from benchmarks.zoo.grid import grid
 from benchmarks.zoo.measure import LIBRARIES, RESULTS
-from benchmarks.zoo.research import recalibrate, training
+from benchmarks.zoo.research import paths, recalibrate, training
 from benchmarks.zoo.research.scoring import (
     LIST,
     bias,
@@ -51,6 +51,7 @@ Json = dict[str, Any]
 
 OUT = Path(__file__).parents[1] / "research.json"
 DIGITS = 6
+SAME = 1e-4  # nats: a network trained again is the zoo's where its training NLL is
 TRAINING_ONLY = ("accuracy", "temperature", "logistic", "beta")
 # c in PHI = 1 + c noise and 1/(1 + c noise), and PHI for all networks alike, the control.
 NOISE_FACTORS = (0.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
@@ -254,6 +255,41 @@ SERIES_RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+# On the zoo: the same without those that average Lambda and residuals together, and the control.
+PATH_RULES: dict[str, Rule] = {
+    **{name: rule for name, rule in SERIES_RULES.items() if "_both" not in name},
+    LIST: by_list,
+    "twice soft rank": column("twice_soft_rank"),
+    "twice loo": column("twice_loo"),
+    "twice blend": lambda row: _blend_at(row, "twice"),
+}
+
+
+def of_the_zoo(rows: Sequence[Row], draws: int) -> Json:
+    """The path's estimates on the zoo's networks, which were trained again."""
+    regimes = {
+        "all": list(rows),
+        "sgd": [row for row in rows if row["optimizer"] == "sgd"],
+        "adam and adamw": [row for row in rows if row["optimizer"] != "sgd"],
+        "saturated": [row for row in rows if row["by_loo_saturated"]],
+        "not saturated": [row for row in rows if not row["by_loo_saturated"]],
+        "mlp": [row for row in rows if row["architecture"] == "mlp"],
+        "other architectures": [row for row in rows if row["architecture"] != "mlp"],
+    }
+    return {
+        "models": len(rows),
+        "regimes": {
+            name: {
+                "models": len(of),
+                "scores": scored(of, PATH_RULES, draws),
+                "out_of_data_set": out_of_data_set(of, PATH_RULES, draws),
+            }
+            for name, of in regimes.items()
+            if of
+        },
+    }
+
+
 def is_series(row: Row) -> bool:
     return str(row["block"]).startswith("series")
 
@@ -307,7 +343,7 @@ def batch_of(row: Row) -> str:
 def at_factor(name: str, factor: float) -> Rule:
     """An estimate at PHI times the training time, interpolated in logarithms; PHI within FACTORS.
 
-    name: soft_rank, loo, recalibrated (never sharper) or blend.
+    name: soft_rank, loo or blend (never sharper).
     """
 
     def rule(row: Row) -> float | None:
@@ -321,13 +357,17 @@ def at_factor(name: str, factor: float) -> Rule:
 
 
 def _at(row: Row, name: str, factor: float) -> float | None:
-    soft = number(row, f"at_{factor:g}_soft_rank")
-    if name in ("soft_rank", "loo"):
-        return number(row, f"at_{factor:g}_{name}")
-    found, scale = number(row, f"at_{factor:g}_recalibrated"), number(row, f"at_{factor:g}_scale")
+    at = f"at_{factor:g}"
+    return _blend_at(row, at) if name == "blend" else number(row, f"{at}_{name}")
+
+
+def _blend_at(row: Row, at: str) -> float | None:
+    soft, found, scale = (
+        number(row, f"{at}_{name}") for name in ("soft_rank", "recalibrated", "scale")
+    )
     if found is None or scale is None or soft is None or scale >= 1.0:
         return soft
-    return math.sqrt(found * soft) if name == "blend" else found
+    return math.sqrt(found * soft)
 
 
 def factors_of(name: str, kind: str) -> dict[str, Rule]:
@@ -381,10 +421,11 @@ def series(rows: Sequence[Row], draws: int) -> Json:
 
 def tables_of(stores: Sequence[Path]) -> dict[str, list[Json]]:
     """The rows of both passes from the stores, rounded."""
-    found: dict[str, list[Json]] = {"recalibration": [], "training": []}
+    found: dict[str, list[Json]] = {"recalibration": [], "training": [], "paths": []}
     for store in stores:
         found["recalibration"] += read_rows(store, recalibrate.KIND, grid())
         found["training"] += read_rows(store, training.KIND, training.cells())
+        found["paths"] += read_rows(store, paths.KIND, grid())
     return {name: [significant(row) for row in rows] for name, rows in found.items()}
 
 
@@ -408,19 +449,32 @@ def from_file(path: Path) -> dict[str, list[Json]]:
 def summarise(tables: Mapping[str, Sequence[Json]], measured: Sequence[Row], draws: int) -> Json:
     """All of research.json but the rows."""
     rows = [row for row in measured if number(row, "gap") is not None and decided(row) is not None]
-    of = {row["name"]: row for row in tables["recalibration"]}
-    joined = [
-        {**row, **of[row["name"]]}
-        for row in rows
-        if row["name"] in of and branch(row) == "network"
-    ]  # fmt: skip
+    joined = joined_with(rows, tables["recalibration"])
+    retraced = [
+        row
+        for row in joined_with(rows, tables["paths"])
+        if abs(row["own_nll"] - row["train_nll"]) <= SAME
+    ]
     found: Json = {"score": "mean over data sets of the mean excess error, capped at log 4"}
     found["combinations"] = combinations(rows, draws)
     if joined:
         found["recalibration"] = recalibration(joined, draws)
     if tables["training"]:
         found["training"] = series(tables["training"], draws)
+    if retraced:
+        found["paths"] = of_the_zoo(retraced, draws)
+        found["paths"]["trained otherwise"] = len(tables["paths"]) - len(retraced)
     return found
+
+
+def joined_with(rows: Sequence[Row], more: Sequence[Json]) -> list[Json]:
+    """Rows of the open branch with those of a pass, by name."""
+    of = {row["name"]: row for row in more}
+    return [
+        {**row, **of[row["name"]]}
+        for row in rows
+        if row["name"] in of and branch(row) == "network"
+    ]  # fmt: skip
 
 
 def text_of(found: Json, tables: Mapping[str, Sequence[Json]]) -> str:
@@ -474,8 +528,9 @@ def main() -> None:
     for part in ("combinations", "recalibration"):
         if part in found:
             print(f"{part}: {found[part]['models']} models\n{table(found[part]['scores'])}\n")
-    for name, regime in found.get("training", {}).get("regimes", {}).items():
-        print(f"training, {name}: {regime['models']} models\n{table(regime['scores'])}\n")
+    for part in ("training", "paths"):
+        for name, regime in found.get(part, {}).get("regimes", {}).items():
+            print(f"{part}, {name}: {regime['models']} models\n{table(regime['scores'])}\n")
 
 
 if __name__ == "__main__":
