@@ -51,6 +51,7 @@ Json = dict[str, Any]
 
 OUT = Path(__file__).parents[1] / "research.json"
 DIGITS = 6
+RATIOS = (2.0, 3.0, 5.0)  # n over the soft rank from which the path's leave-one-out is taken
 SAME = 1e-4  # nats: a network trained again is the zoo's where its training NLL is
 TRAINING_ONLY = ("accuracy", "temperature", "logistic", "beta")
 # c in PHI = 1 + c noise and 1/(1 + c noise), and PHI for all networks alike, the control.
@@ -225,6 +226,16 @@ def recalibration(rows: Sequence[Row], draws: int) -> Json:
 # --- schedules, batches and the path --------------------------------------------------------------
 
 
+def where_many(inner: Rule, ratio: float, otherwise: Rule) -> Rule:
+    """`inner` where n is at least `ratio` times the soft rank, else `otherwise`."""
+
+    def rule(row: Row) -> float | None:
+        gap = SOFT_RANK(row)  # soft rank / n
+        return otherwise(row) if gap is None or gap * ratio > 1.0 else inner(row)
+
+    return rule
+
+
 SERIES_RULES: dict[str, Rule] = {
     LIST: column("list"),
     "soft rank": SOFT_RANK,
@@ -252,6 +263,10 @@ SERIES_RULES: dict[str, Rule] = {
         for kind in AVERAGES
     },
     **{f"loo_{kind} and loo": both(column(f"loo_{kind}"), LOO) for kind in AVERAGES},
+    **{
+        f"path where n is {ratio:g} soft ranks": where_many(column("path"), ratio, column("list"))
+        for ratio in RATIOS
+    },
 }  # fmt: skip
 
 
@@ -259,6 +274,11 @@ SERIES_RULES: dict[str, Rule] = {
 PATH_RULES: dict[str, Rule] = {
     **{name: rule for name, rule in SERIES_RULES.items() if "_both" not in name},
     LIST: by_list,
+    **{
+        f"{name} where n is {ratio:g} soft ranks": where_many(column(of), ratio, by_list)
+        for name, of in (("path", "path"), ("twice loo", "twice_loo"))
+        for ratio in RATIOS
+    },
     "twice soft rank": column("twice_soft_rank"),
     "twice loo": column("twice_loo"),
     "twice blend": lambda row: _blend_at(row, "twice"),
@@ -492,9 +512,9 @@ def text_of(found: Json, tables: Mapping[str, Sequence[Json]]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Floats with four decimals, null where not finite."""
+    """Floats with five decimals, null where not finite."""
     if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
+        return round(value, 5) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list) else value
