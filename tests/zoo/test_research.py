@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common.pages import BLOCK
 from benchmarks.zoo.baselines import penalised
 from benchmarks.zoo.draw import draw
 from benchmarks.zoo.fit import fit, rate_at
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import RESULTS
+from benchmarks.zoo.research import (
+    candidates,
+    page,
+    path_estimates,
+    paths,
+    scoring,
+    summary,
+    training,
+)
 from benchmarks.zoo.research import curvature as c
-from benchmarks.zoo.research import path_estimates, paths, scoring, summary, training
 from benchmarks.zoo.research import recalibrate as r
 from benchmarks.zoo.research import trajectory as t
 from benchmarks.zoo.rules import SOFT_RANK
@@ -296,7 +305,7 @@ ROWS = [made(i, data) for data in "ab" for i in range(6)]
 
 
 def test_the_better_rule_wins_out_of_data_set():
-    rules = {"list": summary.column("list"), "soft rank": SOFT_RANK}
+    rules = {"list": candidates.column("list"), "soft rank": SOFT_RANK}
     found = scoring.out_of_data_set(ROWS, rules, 20)
     assert found["choice"] == {"a": "soft rank", "b": "soft rank"}
     assert found["minus_list"]["value"] == pytest.approx(-math.log(2.0))
@@ -315,9 +324,9 @@ def test_a_data_set_has_no_say_in_what_is_chosen_for_it():
 
 def test_factors_of_time_are_interpolated():
     row = {f"at_{factor:g}_soft_rank": factor**0.5 for factor in training.FACTORS}
-    assert summary.at_factor("soft_rank", 3.0)(row) == pytest.approx(math.sqrt(3.0))
-    assert summary.at_factor("soft_rank", 9.0)(row) == pytest.approx(2.0)  # within FACTORS
-    assert summary.at_factor("blend", 2.0)(row) == pytest.approx(math.sqrt(2.0))  # no classes
+    assert candidates.at_factor("soft_rank", 3.0)(row) == pytest.approx(math.sqrt(3.0))
+    assert candidates.at_factor("soft_rank", 9.0)(row) == pytest.approx(2.0)  # within FACTORS
+    assert candidates.at_factor("blend", 2.0)(row) == pytest.approx(math.sqrt(2.0))  # no classes
 
 
 def test_the_committed_scores_are_those_of_the_committed_rows():
@@ -343,3 +352,24 @@ def test_the_file_reads_back(tmp_path):
     rows = {"training": [summary.significant({"name": "x", "gap": 1 / 3, "loo": None})]}
     path.write_text(summary.text_of({"environment": {}, "models": 1}, rows), encoding="utf-8")
     assert summary.from_file(path)["training"] == [{"name": "x", "gap": 0.333333, "loo": None}]
+
+
+def test_the_decision_shows_the_committed_scores():
+    found = json.loads(summary.OUT.read_text(encoding="utf-8"))
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.render(text, found) == text
+    assert sorted(name for _, name, _ in BLOCK.findall(text)) == sorted(page.TABLES)
+
+
+def test_only_what_is_surely_better_than_the_list_is_bold():
+    cases = [(-0.05, -0.09, -0.01), (-0.05, -0.09, 0.01), (0.05, 0.01, 0.09), (-1.05, None, None)]
+    shown = [
+        page.difference({"minus_list": {"value": value, "low": low, "high": high}})
+        for value, low, high in cases
+    ]
+    assert shown == [
+        "**-.050 (-.090 to -.010)**",
+        "-.050 (-.090 to +.010)",
+        "+.050 (+.010 to +.090)",
+        "-1.050",
+    ]
