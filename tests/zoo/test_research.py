@@ -17,6 +17,7 @@ from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import RESULTS
 from benchmarks.zoo.research import (
     candidates,
+    command,
     page,
     path_estimates,
     paths,
@@ -29,7 +30,7 @@ from benchmarks.zoo.research import recalibrate as r
 from benchmarks.zoo.research import trajectory as t
 from benchmarks.zoo.rules import SOFT_RANK
 from benchmarks.zoo.scores import read
-from flataudit import estimates
+from flataudit import FlatauditError, audit, estimates
 from flataudit.families import Categorical
 
 NET = Cell("r", "digits", "mlp", 60, 1e-2, width=4, depth=1, activation="relu", pooling=2,
@@ -137,8 +138,9 @@ def test_a_class_without_labels_is_no_obstacle():
         assert bool(torch.isfinite(found).all())
 
 
-def test_the_row_holds_the_audits_own_numbers(trained):
+def test_the_row_holds_the_audits_own_numbers(trained, monkeypatch):
     pytest.importorskip("netcal")
+    monkeypatch.setattr(r, "SCALINGS", {"temperature": r.SCALINGS["temperature"]})  # quick
     network, drawn = trained[2:4]
     record = {"optimizer": "sgd", "time": 60.0, "sum_lr": 6.0, "weight_decay": 1e-2}
     row = r.recalibrations(NET, network, record, drawn)
@@ -264,9 +266,9 @@ def test_the_path_ends_where_early_stopping_did():
 
 
 def test_networks_of_the_zoo_are_drawn_in_proportion():
-    rows = paths.chosen(read(RESULTS))
-    assert len(rows) >= 100
-    assert max(row["n_params"] for row in rows) <= paths.MOST
+    rows = command.open_branch()
+    assert len(rows) == 200
+    assert max(row["n_params"] for row in paths.chosen(rows)) <= paths.MOST
     first = [row["data"] for row in rows[: len(rows) // 2]]
     for data in {row["data"] for row in rows}:
         whole = sum(row["data"] == data for row in rows)
@@ -291,6 +293,44 @@ def test_more_time_is_a_smaller_penalty(trained):
     )
     ranks = [row[f"at_{factor:g}_soft_rank"] for factor in training.FACTORS]
     assert ranks == sorted(ranks)
+
+
+def test_a_pass_writes_rows_once_and_only_those_that_match(tmp_path, capsys, monkeypatch):
+    cell = dataclasses.replace(NET, block="series-mlp", epochs=3)
+    arguments = ["--store", str(tmp_path), "--only", "*digits*"]
+    items = [(training.name_of(cell), cell), ("other", None)]
+    assert command.run("", items, training.train_cell, arguments) == 0
+    assert "done" in capsys.readouterr().out
+    assert command.run("", items, training.train_cell, arguments) == 0
+    assert "skipped" in capsys.readouterr().out
+    (written,) = (tmp_path / training.KIND).iterdir()
+    row = json.loads(written.read_text(encoding="utf-8"))
+    assert row["at_1_soft_rank"] == pytest.approx(row["record_soft_rank"], rel=1e-9)
+    assert row["at_1_loo"] == pytest.approx(row["record_loo"], rel=1e-9)
+    assert row["list"] == pytest.approx(candidates.by_list(row))
+
+    def fails(*_):
+        raise FlatauditError("no")
+
+    monkeypatch.setattr(training, "measured", fails)
+    arguments[1] = str(tmp_path / "other")
+    assert command.run("", items, training.train_cell, arguments) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_network_of_the_zoo_trained_again():
+    cell = dataclasses.replace(NET, optimizer="adamw", lr=0.02, epochs=10)
+    drawn = draw(cell)
+    row = paths.retraced(cell, drawn)
+    trained = fit(cell, drawn)
+    report = audit(trained.model, (drawn.train.x, drawn.train.y),
+                   training=trained.record.to_record(), sensitivity=False)  # fmt: skip
+    assert row["own_nll"] == pytest.approx(report.train.nll, rel=1e-9)
+    record = trained.record.to_record()
+    longer = audit(trained.model, (drawn.train.x, drawn.train.y), sensitivity=False,
+                   training=record | {"sum_lr": 2 * record["sum_lr"]})  # fmt: skip
+    assert row["twice_soft_rank"] == pytest.approx(longer.estimates.soft_rank.gap, rel=1e-9)
+    assert row["twice_loo"] == pytest.approx(longer.estimates.loo.gap, rel=1e-9)
 
 
 # --- scores ---------------------------------------------------------------------------------------

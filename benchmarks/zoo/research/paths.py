@@ -2,8 +2,7 @@
 
     python -m benchmarks.zoo.research.paths [--store FOLDER] [--data FOLDER] [--only PATTERN]
 
-Networks of classes in the decision list's open branch with at most MOST parameters, in an order
-drawn once within each data set, so that a run that is stopped has a stratified sample. Training is
+Networks of classes in the decision list's open branch with at most MOST parameters. Training is
 reproducible: own_nll is to be compared with the training NLL of the registered model. Columns:
 
     path, loo_AVERAGE, info_AVERAGE, tic_AVERAGE, rank_AVERAGE   as in `training`
@@ -12,14 +11,10 @@ reproducible: own_nll is to be compared with the training NLL of the registered 
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -28,12 +23,10 @@ from benchmarks.zoo.baselines import penalised
 from benchmarks.zoo.data import Unavailable
 from benchmarks.zoo.draw import Drawn, draw
 from benchmarks.zoo.grid import Cell, by_name
-from benchmarks.zoo.measure import RESULTS
+from benchmarks.zoo.research.command import open_branch, run
 from benchmarks.zoo.research.path_estimates import along_path, flow_metric, with_path
 from benchmarks.zoo.research.recalibrate import accuracy_scale
-from benchmarks.zoo.rule_fit import branch
-from benchmarks.zoo.rules import Row, number
-from benchmarks.zoo.scores import read
+from benchmarks.zoo.rules import Row
 from benchmarks.zoo.store import row_path, sources_of, write_row
 from flataudit import FlatauditError, estimates
 from flataudit.families import Categorical
@@ -89,51 +82,16 @@ def retrace_cell(cell: Cell, options: Json) -> Json:
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """The open branch's networks of classes within MOST, in the order of `stratified`."""
-    return stratified(
-        [
-            row
-            for row in rows
-            if branch(row) == "network"
-            and number(row, "gap") is not None
-            and row["task"] == "classification"
-            and row["n_params"] <= MOST
-        ]
-    )
-
-
-def stratified(rows: Sequence[Row]) -> list[Row]:
-    """Ordered so that every beginning has the data sets about in proportion, at random within."""
-    found = []
-    for data in sorted({row["data"] for row in rows}):
-        of = sorted((row for row in rows if row["data"] == data), key=lambda row: drawn_at(row))
-        found += [((at + 0.5) / len(of), data, row) for at, row in enumerate(of)]
-    return [row for *_, row in sorted(found, key=lambda item: item[:2])]
-
-
-def drawn_at(row: Row) -> str:
-    """A random key that follows from the name."""
-    return hashlib.sha256(row["name"].encode()).hexdigest()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="PATTERN", help="networks whose name matches")
-    parser.add_argument("--store", type=File, default=File("zoo-store"), help="of the rows")
-    parser.add_argument("--data", type=File, help="folder with the data sets; see data.py")
-    given = parser.parse_args(arguments)
-    options = {"store": str(given.store), "data": str(given.data) if given.data else None}
-    failed = 0
-    for row in chosen(read(RESULTS)):
-        if given.only and not fnmatchcase(row["name"], given.only):
-            continue
-        found = retrace_cell(by_name()[row["name"]], options)
-        failed += found["state"] == "failed"
-        print(*found.values(), flush=True)
-    return 1 if failed else 0
+    """The networks of classes within MOST."""
+    return [row for row in rows if row["task"] == "classification" and row["n_params"] <= MOST]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    zoo = by_name()
+    sys.exit(
+        run(
+            __doc__,
+            [(row["name"], zoo[row["name"]]) for row in chosen(open_branch())],
+            retrace_cell,
+        )
+    )

@@ -2,8 +2,9 @@
 
     python -m benchmarks.zoo.research.recalibrate [--store FOLDER] [--data FOLDER] [--only PATTERN]
 
-Lambda of the recalibrated probabilities q is diag(q) - q q'; J and D stay as they are, and one
-Jacobian per model serves every variant. A row holds, for VARIANT = SOURCE_METHOD, the recalibrated
+In an order drawn once within each data set, so that a pass that is stopped leaves a stratified
+sample. Lambda of the recalibrated probabilities q is diag(q) - q q'; J and D stay as they are, and
+one Jacobian per model serves every variant. A row holds, for VARIANT = SOURCE_METHOD, the recalibrated
 soft rank's gap and VARIANT_sharper, whether the mean training confidence rose:
 
     SOURCE  loo: the leave-one-out outputs; heldout: 200 labels; test: the test pool, which no one
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import sys
 import warnings
 from typing import Any
 
@@ -31,12 +33,10 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.baselines import penalised
 from benchmarks.zoo.draw import Drawn
-from benchmarks.zoo.grid import Cell, by_name
-from benchmarks.zoo.measure import KIND as MEASURED
+from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import registered_cell
+from benchmarks.zoo.research.command import open_branch, run
 from benchmarks.zoo.research.curvature import RankAt, rise, scaled_jacobian, undo_own_training
-from benchmarks.zoo.rule_fit import branch
-from benchmarks.zoo.store import read_rows
 from flataudit import estimates
 from flataudit.curvature.problem import predict
 from flataudit.families import Categorical, log_probabilities
@@ -57,12 +57,7 @@ SMALLEST = 1e-30  # of a recalibrated probability: logarithms stay finite
 
 
 def recalibrate_cell(name: str, options: Json) -> Json:
-    """The row of one registered cell; of cells outside the open branch none."""
-    measured = read_rows(options["store"], MEASURED, [by_name()[name]])
-    if not measured or measured[0].get("by_loo_verdict") is None:
-        return {"name": name, "state": "not measured"}
-    if branch(measured[0]) != "network":
-        return {"name": name, "state": "of another branch"}
+    """Writes the row of one registered cell; {name, state, seconds}."""
 
     def row(cell: Cell, uri: str, model: Any, record: Json | None, drawn: Drawn) -> Json:
         return {"name": name} | recalibrations(cell, model, record, drawn)
@@ -169,6 +164,5 @@ def of_recalibrated(fit: PenalisedFit, scale: float) -> tuple[Json, float]:
 
 
 if __name__ == "__main__":
-    from benchmarks.zoo.command import main
-
-    main(__doc__, "benchmarks.zoo.research.recalibrate:recalibrate_cell")
+    names = [row["name"] for row in open_branch()]
+    sys.exit(run(__doc__, zip(names, names, strict=True), recalibrate_cell))

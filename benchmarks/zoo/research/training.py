@@ -21,14 +21,10 @@ A row holds the truth and the audit of the zoo's `measure`, and beside them
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path as File
 from typing import Any
 
 import numpy as np
@@ -40,6 +36,7 @@ from benchmarks.zoo.draw import Drawn, draw
 from benchmarks.zoo.fit import MOMENTUM, TrainingFailed
 from benchmarks.zoo.grid import Cell
 from benchmarks.zoo.measure import audits, pair, truth
+from benchmarks.zoo.research.command import run
 from benchmarks.zoo.research.curvature import RankAt, scaled_jacobian
 from benchmarks.zoo.research.path_estimates import along_path, with_path
 from benchmarks.zoo.research.recalibrate import accuracy_scale
@@ -192,24 +189,5 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", metavar="PATTERN", help="networks whose name matches")
-    parser.add_argument("--store", type=File, default=File("zoo-store"), help="of the rows")
-    parser.add_argument("--data", type=File, help="folder with the data sets; see data.py")
-    given = parser.parse_args(arguments)
-    options = {"store": str(given.store), "data": str(given.data) if given.data else None}
-    failed = 0
-    for cell in cells():
-        if given.only and not fnmatchcase(name_of(cell), given.only):
-            continue
-        found = train_cell(cell, options)
-        failed += found["state"] == "failed"
-        print(*found.values(), flush=True)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, [(name_of(cell), cell) for cell in cells()], train_cell))
