@@ -86,6 +86,9 @@ COMBINATIONS: dict[str, Rule] = {
     "loo and recalibrated": both(LOO, CLIPPED),
     "largest of soft rank, recalibrated, loo": of_parts(max, SOFT_RANK, CLIPPED, LOO),
     "smallest of soft rank, recalibrated, loo": of_parts(min, SOFT_RANK, CLIPPED, LOO),
+    "soft rank where adam or adamw, else list": lambda row: (
+        by_list(row) if row["optimizer"] == "sgd" else SOFT_RANK(row)
+    ),
     "200 held-out labels": column("held_gap"),
 }
 

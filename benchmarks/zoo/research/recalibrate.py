@@ -4,8 +4,8 @@
 
 In an order drawn once within each data set, so that a pass that is stopped leaves a stratified
 sample. Lambda of the recalibrated probabilities q is diag(q) - q q'; J and D stay as they are, and
-one Jacobian per model serves every variant. A row holds, for VARIANT = SOURCE_METHOD, the recalibrated
-soft rank's gap and VARIANT_sharper, whether the mean training confidence rose:
+one Jacobian per model serves every variant. A row holds, for VARIANT = SOURCE_METHOD, the
+recalibrated soft rank's gap and VARIANT_sharper, whether the mean training confidence rose:
 
     SOURCE  loo: the leave-one-out outputs; heldout: 200 labels; test: the test pool, which no one
             has, to see what recalibration could bring at best

@@ -85,6 +85,18 @@ def combinations(rows: Sequence[Row], draws: int) -> Json:
             },
         },
         "by_share_of_decay": by_share_of_decay(nets),
+        "by_optimizer": by_optimizer(opened, draws),
+    }
+
+
+def by_optimizer(rows: Sequence[Row], draws: int) -> Json:
+    """The list's open branch by optimizer."""
+    kinds = {"sgd": ("sgd",), "adam": ("adam",), "adamw": ("adamw",), "both": ("adam", "adamw")}
+    rules = {name: COMBINATIONS[name] for name in (LIST, "soft rank", "recalibrated", "loo")}
+    return {
+        kind: {"models": len(of), "scores": scored(of, rules, draws)}
+        for kind, names in kinds.items()
+        if (of := [row for row in rows if row["optimizer"] in names and branch(row) == "network"])
     }
 
 
@@ -273,7 +285,11 @@ def summarise(tables: Mapping[str, Sequence[Json]], measured: Sequence[Row], dra
     if joined:
         found["recalibration"] = recalibration(joined, draws)
     if tables["training"]:
-        found["training"] = series(tables["training"], draws)
+        sgd = [row for row in tables["training"] if row["optimizer"] == "sgd"]
+        found["training"] = series(sgd, draws)
+        found["by_optimizer"] = by_optimizer(
+            [row for row in tables["training"] if row["optimizer"] != "sgd"], draws
+        )
     if retraced:
         found["paths"] = of_the_zoo(retraced, draws)
         found["paths"]["trained otherwise"] = len(tables["paths"]) - len(retraced)

@@ -5,7 +5,8 @@
 SGD with momentum for STEPS steps at the weight decay of the zoo. Within a group of SERIES all take
 the same integrated learning rate T, the same number of steps, samples and initial weights: they
 differ in the schedule (at batches of BATCH) or in the batch size (at a constant rate). LONG ones
-take five times as many steps and time, until the residuals have vanished.
+take five times as many steps and time, until the residuals have vanished. Beside them MLPs by Adam
+and AdamW, which have the truth and the audit alone.
 
 A row holds the truth and the audit of the zoo's `measure`, and beside them
 
@@ -22,6 +23,7 @@ A row holds the truth and the audit of the zoo's `measure`, and beside them
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -34,7 +36,7 @@ from benchmarks.zoo.baselines import penalised
 from benchmarks.zoo.data import Unavailable
 from benchmarks.zoo.draw import Drawn, draw
 from benchmarks.zoo.fit import MOMENTUM, TrainingFailed
-from benchmarks.zoo.grid import Cell
+from benchmarks.zoo.grid import RATES, Cell
 from benchmarks.zoo.measure import audits, pair, truth
 from benchmarks.zoo.research.command import run
 from benchmarks.zoo.research.curvature import RankAt, scaled_jacobian
@@ -66,6 +68,7 @@ TASKS: dict[tuple[str, str], Json] = {
     ("fashion-mnist", "cnn"): {"n": 400, "width": 6, "depth": 2, "pooling": 2},
 }
 NOISE, SEEDS = (0.0, 0.2), (0, 1)
+ADAPTIVE, EPOCHS = "adaptive", (60, 200)
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # PHI: of the training time
 
 
@@ -88,7 +91,22 @@ def cells() -> list[Cell]:
                     timed(long, "constant", batch, LONG * STEPS, LONG * total)
                     for batch in (8, BATCH)
                 ]
-    return found
+    return found + adaptive()
+
+
+def adaptive() -> list[Cell]:
+    """MLPs by Adam and AdamW, at the zoo's learning rate: does the soft rank suit them better?"""
+    choices = itertools.product(SEEDS, EPOCHS, NOISE, ("adam", "adamw"), TASKS.items())
+    return [
+        Cell(
+            f"{ADAPTIVE}-{architecture}", data, architecture, shape["n"], 1e-3,
+            width=shape["width"], depth=shape["depth"], activation="relu",
+            pooling=shape.get("pooling", 1), label_noise=noise, optimizer=optimizer,
+            lr=RATES[optimizer], epochs=epochs, batch_size=BATCH, seed=seed,
+        )
+        for seed, epochs, noise, optimizer, ((data, architecture), shape) in choices
+        if architecture == "mlp"
+    ]  # fmt: skip
 
 
 def timed(cell: Cell, schedule: str, batch: int, steps: int, total: float) -> Cell:
@@ -104,7 +122,10 @@ def timed(cell: Cell, schedule: str, batch: int, steps: int, total: float) -> Ce
 def name_of(cell: Cell) -> str:
     """Unique among `cells`."""
     noise = f"-noise{cell.label_noise:g}" * (cell.label_noise > 0)
-    return f"{cell.block}-{cell.data}{noise}-{cell.schedule}-b{cell.batch_size}-s{cell.seed}"
+    kind = f"{cell.schedule}-b{cell.batch_size}"
+    if cell.optimizer != "sgd":
+        kind = f"{cell.optimizer}-e{cell.epochs}"
+    return f"{cell.block}-{cell.data}{noise}-{kind}-s{cell.seed}"
 
 
 def train_cell(cell: Cell, options: Json) -> Json:
@@ -156,9 +177,10 @@ def measured(cell: Cell, drawn: Drawn) -> Json:
     row["list"] = report.gap.value
     chosen = decided(row)
     row["estimator"] = None if chosen is None else chosen.estimator
-    fit, _ = penalised(cell, network, record, drawn)
-    row |= with_other_times(fit, cell.weight_decay)
-    row |= along_path(fit, record, path, both=True)
+    if cell.optimizer == "sgd":
+        fit, _ = penalised(cell, network, record, drawn)
+        row |= with_other_times(fit, cell.weight_decay)
+        row |= along_path(fit, record, path, both=True)
     return {key: _plain(value) for key, value in row.items()}
 
 
