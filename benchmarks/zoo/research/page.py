@@ -43,6 +43,7 @@ COMBINED = {
     "blend even where sharper": "blend also where it sharpens",
     "soft rank": "soft rank",
     "geometric mean of soft rank, recalibrated, loo": "geometric mean of the three",
+    "soft rank where adam or adamw, else list": "soft rank where Adam or AdamW, else the list",
     "loo and soft rank": "geometric mean of LOO and soft rank",
     "tic with loo residuals": "TIC with leave-one-out residuals",
     "loo": "LOO",
@@ -191,6 +192,23 @@ def along(found: Json) -> str:
     return "\n".join(lines)
 
 
+def optimizers(found: Json) -> str:
+    """List and soft rank by optimizer, on the zoo and on networks trained for the question."""
+    parts = {
+        "zoo": found["combinations"]["by_optimizer"],
+        "fresh": found.get("by_optimizer", {}),
+    }
+    lines = head("open branch", "networks", "the list", "soft rank", "minus the list")
+    for where, part in parts.items():
+        for kind, text in (("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW"), ("both", "both")):
+            if kind in part:
+                of = part[kind]["scores"]
+                cells = (f"{score(of[name])}, {bias(of[name])}" for name in (LIST, "soft rank"))
+                lines.append(row(f"{where}, {text}", str(part[kind]["models"]), *cells,
+                                 difference(of["soft rank"])))  # fmt: skip
+    return "\n".join(lines)
+
+
 def environment(found: Json) -> str:
     return machine_line(found["environment"])
 
@@ -202,6 +220,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "effects": effects,
     "factors": factors,
     "along": along,
+    "optimizers": optimizers,
     "environment": environment,
 }
 

@@ -157,7 +157,7 @@ def of_the_zoo(rows: Sequence[Row], draws: int) -> Json:
         "not saturated": [row for row in rows if not row["by_loo_saturated"]],
         "mlp": [row for row in rows if row["architecture"] == "mlp"],
         "other architectures": [row for row in rows if row["architecture"] != "mlp"],
-    }
+    } | by_ratio(rows)
     return {
         "models": len(rows),
         "regimes": {
@@ -170,6 +170,16 @@ def of_the_zoo(rows: Sequence[Row], draws: int) -> Json:
             if of
         },
     }
+
+
+def by_ratio(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The networks by n over their soft rank."""
+    found: dict[str, list[Row]] = {}
+    for low, high in ((0.0, 2.0), (2.0, 5.0), (5.0, math.inf)):
+        found[f"n from {low:g} to {high:g} soft ranks"] = [
+            row for row in rows if low <= 1.0 / row["record_soft_rank"] < high
+        ]
+    return found
 
 
 def is_series(row: Row) -> bool:
@@ -220,7 +230,7 @@ def series(rows: Sequence[Row], draws: int) -> Json:
         "long": [row for row in rows if not is_series(row)],
         "saturated": [row for row in rows if row["by_loo_saturated"]],
         "by the blend": [row for row in rows if row["estimator"] == "soft_rank_blend"],
-    }
+    } | by_ratio(rows)
     return {
         "models": len(rows),
         "gap_effects": effects(rows, draws),
