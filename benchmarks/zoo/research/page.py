@@ -27,7 +27,7 @@ METHODS = {
 OTHERS = {
     "loo_root": "soft rank at the root of the scale",
     "loo_again, blend": "blend, scale from the recalibrated model's own leave-one-out",
-    "loo_again": "the same, clipped, not blended",
+    "loo_again": "that scale, clipped, not blended",
     "loo_recalibrated": "leave-one-out of the recalibrated model",
     "tic_recalibrated": "TIC of the recalibrated model",
     "undone": "own training undone (saturation inverted)",
@@ -53,16 +53,11 @@ ALONG = {
     "soft rank": "soft rank",
     "loo": "LOO, final residuals",
     "loo_time": "LOO, residuals averaged over time",
-    "loo_plain": "over checkpoints",
-    "loo_early": "over the first half",
-    "loo_time and loo": "geometric mean of final and time average",
+    "loo_time and loo": "geometric mean of those two",
     "tic_time": "TIC, averaged over time (= information ratio x soft rank)",
-    "info_time": "TIC with the residuals of that LOO",
     "rank_time": "soft rank, Lambda averaged over time",
-    "rank_time and soft rank": "geometric mean with the soft rank",
     "path": "path",
-    "path and soft rank": "geometric mean with the soft rank",
-    "path where n is 3 soft ranks": "path where n is 3 soft ranks, else the list",
+    "path and soft rank": "geometric mean of path and soft rank",
     "path where n is 5 soft ranks": "path where n is 5 soft ranks, else the list",
     "undone": "own training undone",
 }
@@ -123,21 +118,6 @@ def combinations(found: Json) -> str:
 
 
 def recalibrations(found: Json) -> str:
-    """Each method by what it is fitted to: alone and blended."""
-    scores = found["recalibration"]["scores"]
-    lines = head("", "leave-one-out: alone", "blend", "200 labels: alone", "blend",
-                 "test pool: alone", "blend")  # fmt: skip
-    for method, text in METHODS.items():
-        cells = []
-        for source in ("loo", "heldout", "test"):
-            for use in ("", ", blend"):
-                of = scores.get(f"{source}_{method}{use}")
-                cells.append("-" if of is None else f"{score(of)}, {bias(of)}")
-        lines.append(row(text, *cells))
-    return "\n".join(lines)
-
-
-def recalibrations_against(found: Json) -> str:
     """The blends against the list, and what else was tried, best first."""
     names = {
         f"{source}_{method}, blend": f"blend by {text}, {of}"
@@ -146,6 +126,8 @@ def recalibrations_against(found: Json) -> str:
         if (source, method) != ("loo", "accuracy")
     }
     names["heldout_accuracy, blend"] = "blend by the scale from the accuracy, 200 labels"
+    names["test_temperature, blend"] = "blend by netcal's temperature, the whole test pool"
+    names["test_temperature"] = "the same, clipped, not blended"
     return of_rules(found["recalibration"]["scores"], {LIST: "**the list**"} | names | OTHERS)
 
 
@@ -216,7 +198,6 @@ def environment(found: Json) -> str:
 TABLES: dict[str, Callable[[Json], str]] = {
     "combinations": combinations,
     "recalibrations": recalibrations,
-    "recalibrations_against": recalibrations_against,
     "effects": effects,
     "factors": factors,
     "along": along,
