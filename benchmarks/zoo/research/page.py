@@ -27,7 +27,7 @@ METHODS = {
 OTHERS = {
     "loo_root": "soft rank at the root of the scale",
     "loo_again, blend": "blend, scale from the recalibrated model's own leave-one-out",
-    "loo_again": "that scale, clipped, not blended",
+    "loo_again": "that scale from its own leave-one-out, clipped, not blended",
     "loo_recalibrated": "leave-one-out of the recalibrated model",
     "tic_recalibrated": "TIC of the recalibrated model",
     "undone": "own training undone (saturation inverted)",
@@ -127,7 +127,7 @@ def recalibrations(found: Json) -> str:
     }
     names["heldout_accuracy, blend"] = "blend by the scale from the accuracy, 200 labels"
     names["test_temperature, blend"] = "blend by netcal's temperature, the whole test pool"
-    names["test_temperature"] = "the same, clipped, not blended"
+    names["test_temperature"] = "netcal's temperature of the whole test pool, clipped, not blended"
     return of_rules(found["recalibration"]["scores"], {LIST: "**the list**"} | names | OTHERS)
 
 
