@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from flataudit import TrainingRecorder
 
 MOMENTUM = 0.9  # SGD's
 PATIENCE = 10  # epochs without a better validation loss
+WARMUP = 0.3  # share of the steps in which one_cycle's learning rate rises
+DROPS = ((0.5, 0.1), (0.75, 0.01))  # step's learning rates, from these shares of the steps on
 
 
 class TrainingFailed(Exception):
@@ -76,8 +79,38 @@ def flat(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return x.reshape(len(x), -1).astype(np.float64)
 
 
-def fit_network(cell: Cell, drawn: Drawn) -> Fitted:
-    """The network after its epochs, or with early stopping after the best of them so far."""
+def rate_at(schedule: str, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0, over the schedule's largest.
+
+    Raises:
+        KeyError: unknown schedule.
+
+    >>> [round(rate_at("one_cycle", step, 10), 2) for step in (0, 2, 3, 9)]
+    [0.33, 1.0, 1.0, 0.05]
+    """
+    share = step / steps
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    if schedule == "step":
+        return min([1.0] + [rate for start, rate in DROPS if share >= start])
+    if schedule == "one_cycle":
+        if share < WARMUP:
+            return (step + 1) / math.ceil(WARMUP * steps)
+        return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
+    raise KeyError(
+        f"unknown schedule {schedule!r}; choose one of: constant, cosine, step, one_cycle"
+    )
+
+
+def fit_network(
+    cell: Cell, drawn: Drawn, watch: Callable[[nn.Module, int], None] | None = None
+) -> Fitted:
+    """The network after its epochs, or with early stopping after the best of them so far.
+
+    watch: called with the network and the steps taken, before training and after every step.
+    """
     torch.manual_seed(cell.draw_seed)
     pools = drawn.pools
     network = make_network(
@@ -94,15 +127,15 @@ def fit_network(cell: Cell, drawn: Drawn) -> Fitted:
     optimizer = make_optimizer(cell, network)
     steps = cell.epochs * math.ceil(len(x) / cell.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            0.5 * (1 + math.cos(math.pi * step / steps)) if cell.schedule == "cosine" else 1.0
-        ),
+        optimizer, lambda step: rate_at(cell.schedule, step, steps)
     )
     loss = losses(pools.task)
     generator = torch.Generator().manual_seed(cell.draw_seed)
     best: tuple[float, int, Any, Any] = (math.inf, 0, None, None)
     name = "mse" if pools.task == "regression" else None
+    taken = 0
+    if watch is not None:
+        watch(network, taken)
     with TrainingRecorder(optimizer, cell.batch_size, loss=name, model=network) as recorder:
         for epoch in range(1, cell.epochs + 1):
             network.train()
@@ -112,6 +145,9 @@ def fit_network(cell: Cell, drawn: Drawn) -> Fitted:
                 value.backward()
                 optimizer.step()
                 schedule.step()
+                taken += 1
+                if watch is not None:
+                    watch(network, taken)
             if not math.isfinite(value.item()):
                 raise TrainingFailed(f"expected a finite loss, got {value.item()} in epoch {epoch}")
             if unseen is None:
