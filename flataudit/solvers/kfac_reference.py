@@ -17,6 +17,9 @@ class ReferenceCase(NamedTuple):
 
 
 REFERENCE: tuple[ReferenceCase, ...] = (
-    ReferenceCase("mlp-500", 1680.4094517741594, 538.989158458294),
-    ReferenceCase("lenet-500", 1852.132463801403, 584.6046864877477),
+    ReferenceCase("mlp-500", 1677.1127589643684, 538.812075267216),
+    ReferenceCase("lenet-500", 1852.132463801403, 584.6046864877476),
+    ReferenceCase("logistic-2000", 1266.5284226475742, 853.5410456662045),
+    ReferenceCase("mlp-2000", 2733.131843021426, 1147.4213755575079),
+    ReferenceCase("lenet-2000", 3099.4150988067313, 1021.2530565177385),
 )
