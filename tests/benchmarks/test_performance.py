@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import binom
 
 from benchmarks import performance_page as page
 from benchmarks.common.cases import load
@@ -74,11 +75,12 @@ def test_rows_of_a_case_are_of_the_same_weights():
 
 
 def test_matrix_free_solvers_held_what_they_promise():
-    """lanczos within 1 %, inside its stated error in 95 % of runs; leave-one-out within 5 %."""
+    """lanczos within 1 %, inside its stated error as often as 95 % allows; leave-one-out within 5 %."""
     accuracy, sampling = MATRIX_FREE["accuracy"], MATRIX_FREE["sampling"]
     for quantity in ("soft_rank", "tic"):
         assert accuracy["total"][quantity]["largest_error"] <= 0.01
-        assert accuracy["total"][quantity]["inside"] >= 0.95 * accuracy["total"]["runs"]
+        least = binom.ppf(0.05, accuracy["total"]["runs"], 0.95)
+        assert accuracy["total"][quantity]["inside"] >= least
     assert accuracy["total"]["runs"] >= 60
     assert sampling["total"]["loo"]["largest_error"] <= 0.05
     for run in accuracy["runs"]:
