@@ -75,7 +75,7 @@ def test_rows_of_a_case_are_of_the_same_weights():
 
 
 def test_matrix_free_solvers_held_what_they_promise():
-    """lanczos within 1 %, inside its stated error as often as 95 % allows; leave-one-out within 5 %."""
+    """lanczos within 1 %, inside what it states as often as 95 % allows; LOO within 5 %."""
     accuracy, sampling = MATRIX_FREE["accuracy"], MATRIX_FREE["sampling"]
     for quantity in ("soft_rank", "tic"):
         assert accuracy["total"][quantity]["largest_error"] <= 0.01
