@@ -264,15 +264,15 @@ def _layer_rows(
     rows = torch.empty(problem.n_rows, len(inverse), dtype=torch.float64, device=problem.device)
     k = problem.n_columns
     for at in forward_chunks(problem):
-        blocks = []
+        mine, start = rows[at.start * k : at.stop * k], 0
         passed = backpropagate(problem, [layer for layer, _ in cuts], at)
         for (_, cut), (layer, a, delta) in zip(cuts, passed, strict=True):
             scaled, shift = rows_of(layer, a, delta, cut)
-            if layer.weight not in free:
-                blocks.append(scaled)
-            if layer.bias and layer.bias not in free:
-                blocks.append(shift)
-        rows[at.start * k : at.stop * k] = torch.cat(blocks, dim=2).flatten(0, 1)
+            for name, block in ((layer.weight, scaled), (layer.bias, shift)):
+                if name and name not in free:
+                    stop = start + block.shape[2]
+                    mine[:, start:stop] = block.flatten(0, 1)
+                    start = stop
     return rows, inverse
 
 
