@@ -159,8 +159,7 @@ def trusted_layers(problem: Problem) -> list[Layer]:
     layers = find_layers(problem)
     if not layers:
         return layers
-    n = problem.n_samples
-    few = problem.subset(sorted({0, n // 2, n - 1}))
+    few = problem.few()
     ones = {name: torch.ones_like(p, dtype=torch.float64) for name, p in few.params.items()}
     layered = _assemble(few, ones, layers).matrix
     plain = _assemble(few, ones, []).matrix
@@ -187,7 +186,7 @@ def _explicit_groups(
     budget = max(1, GROUP_BYTES // (8 * problem.n_rows))
     together: list[tuple[Layer, slice]] = []
     width = 0
-    for layer, cut, columns in _cuts(problem, layers, free, budget):
+    for layer, cut, columns in _cuts(layers, free, budget):
         if together and width + columns > budget:
             yield _layer_rows(problem, penalty, together, free)
             together, width = [], 0
@@ -230,9 +229,7 @@ def _plain_rows(problem: Problem, names: list[str], cut: slice) -> Tensor:
     return rows
 
 
-def _cuts(
-    problem: Problem, layers: list[Layer], free: list[str], budget: int
-) -> Iterator[tuple[Layer, slice, int]]:
+def _cuts(layers: list[Layer], free: list[str], budget: int) -> Iterator[tuple[Layer, slice, int]]:
     """Explicit layers, a large one in slices of its output channels, with the columns of each."""
     for layer in layers:
         outs = layer.outs

@@ -86,6 +86,11 @@ class Problem:
             self, x=self.x[at], y=self.y[at], outputs=self.outputs[at], factor=factor
         )
 
+    def few(self) -> Problem:
+        """The first, the middle and the last sample, on which a faster route is tried."""
+        n = self.n_samples
+        return self.subset(sorted({0, n // 2, n - 1}))
+
     def chunks(self, values_per_sample: int) -> Iterator[slice]:
         """Slices of samples whose working set of float64 values stays near CHUNK_BYTES."""
         size = self.chunk_size or max(1, CHUNK_BYTES // (8 * max(1, values_per_sample)))

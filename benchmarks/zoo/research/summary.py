@@ -160,15 +160,20 @@ def of_the_zoo(rows: Sequence[Row], draws: int) -> Json:
     } | by_ratio(rows)
     return {
         "models": len(rows),
-        "regimes": {
-            name: {
-                "models": len(of),
-                "scores": scored(of, PATH_RULES, draws),
-                "out_of_data_set": out_of_data_set(of, PATH_RULES, draws),
-            }
-            for name, of in regimes.items()
-            if of
-        },
+        "regimes": by_regime(regimes, PATH_RULES, draws),
+    }
+
+
+def by_regime(regimes: Mapping[str, Sequence[Row]], rules: Mapping[str, Rule], draws: int) -> Json:
+    """Scores of the rules, and of their choice on the other data sets, where there are networks."""
+    return {
+        name: {
+            "models": len(of),
+            "scores": scored(of, rules, draws),
+            "out_of_data_set": out_of_data_set(of, rules, draws),
+        }
+        for name, of in regimes.items()
+        if of
     }
 
 
@@ -239,15 +244,7 @@ def series(rows: Sequence[Row], draws: int) -> Json:
             for name in ("soft_rank", "loo", "blend")
             for kind in ("longer", "shorter", "constant")
         },
-        "regimes": {
-            name: {
-                "models": len(of),
-                "scores": scored(of, SERIES_RULES, draws),
-                "out_of_data_set": out_of_data_set(of, SERIES_RULES, draws),
-            }
-            for name, of in regimes.items()
-            if of
-        },
+        "regimes": by_regime(regimes, SERIES_RULES, draws),
     }
 
 
