@@ -27,9 +27,9 @@ from flataudit.solvers.base import (
     pseudo_inverse_root,
     spectrum_of,
 )
+from flataudit.solvers.triangular import cholesky_, invert_lower_
 
 SAMPLES_PER_BLOCK = 64
-PANEL = 512  # columns per product: wide enough for full speed, small beside the matrix
 
 
 class Dual:
@@ -77,52 +77,16 @@ class Dual:
 
 
 def inverse_factor(matrix: Tensor) -> Tensor:
-    """X' = L^-T (upper triangular, C order) of M = L L' from M's upper triangle, in place.
-
-    The transposed view is column-major, as LAPACK wants it: torch factors it where it stands. The
-    inverse is by blocks in matrix products, N^3/3 flops like the Cholesky; LAPACK's own (scipy's
-    OpenBLAS) was slower by half, and its Cholesky crashed at N = 18,000 with two threads.
-    """
-    lower = matrix.mT
-    info = torch.empty(0, dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    _check(int(info))
-    invert_lower_(lower)
-    return matrix
-
-
-def invert_lower_(lower: Tensor) -> None:
-    """In-place inverse of a lower triangular matrix by halves.
-
-    [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. The products skip the zero blocks of
-    both triangles, and go panel by panel from the left: a panel of B A^-1 needs only columns of B
-    that still stand.
-    """
-    n = len(lower)
-    if n <= PANEL:
-        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        return
-    half = PANEL * (n // PANEL + 1 >> 1)
-    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    invert_lower_(first)
-    invert_lower_(second)
-    for start in range(0, half, PANEL):
-        stop = min(start + PANEL, half)
-        panel = below[:, start:] @ first[start:, start:stop]
-        for top in range(0, n - half, PANEL):
-            end = min(top + PANEL, n - half)
-            below[top:end, start:stop] = second[top:end, :end] @ panel[:end]
-        below[:, start:stop].neg_()
-
-
-def _check(info: int) -> None:
-    if info:
+    """X' = L^-T (upper triangular, C order) of M = L L' from M's upper triangle, in place."""
+    lower, row = cholesky_(matrix)
+    if row:
         raise BreakdownError(
-            f"expected a positive definite Gram matrix, got a breakdown at row {info}; likely"
+            f"expected a positive definite Gram matrix, got a breakdown at row {row}; likely"
             " causes: a penalty far below 1e-14 of the curvature, or weights near overflow;"
             " raise the penalty or use solver=primal"
         )
+    invert_lower_(lower)
+    return matrix
 
 
 def _diagonal_blocks(x: Tensor, n: int, k: int) -> Tensor:

@@ -17,7 +17,9 @@ product (`flataudit.solvers.deflation`; left out, TIC was 1 to 2 % too large whe
 directions were summed).
 
 Two errors are kept apart: the probes' standard error, from Var = 2 sum_i Var(z_i (F z)_i) which
-needs no more than a few probes, and the quadrature's truncation, for which there is a bound.
+needs no more than a few probes (and is widened by Student's t for being known from so few), and the
+quadrature's truncation. A quadrature is too large, by no more than a bound: half of it is taken
+off, and half is the truncation.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from flataudit.curvature.problem import Problem
@@ -37,6 +40,7 @@ from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.resume import Resume, State
 
 CONFIDENCE = 1.96  # standard errors in the error that is held against the tolerance
+_LEVEL = float(ndtr(CONFIDENCE))  # as a quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +105,26 @@ class _Sums:
         """Of one probe's value: 2 sum_i Var(z_i (F z)_i) = 2 sum_{i != j} F_ij^2."""
         return 2.0 * float(_variances(self.row, self.row_square, self.count).sum())
 
+    @property
+    def widening(self) -> float:
+        """Student's t over the normal quantile: the variance is known from `count` probes alone.
+
+        Pooled over the rows it is known better than that, so intervals are wider than they need
+        be, if anything.
+        """
+        return float(stdtrit(float(self.count) - 1.0, _LEVEL)) / CONFIDENCE
+
     def trace(self, exact: Tensor, within: float, ratio: float) -> Trace:
         """exact: the samples' part that no probe estimates (n,), and what is taken off their sum;
         ratio: of what is left out to the coupling that was taken off."""
         m = float(self.count)
         left_out = ratio / (1.0 - min(ratio, 0.5)) * (within + float(self.coupling) / m)
         noise = float(_variances(self.sample, self.sample_square, self.count).mean()) / m
+        half = float(self.bound) / m / 2.0
         return Trace(
-            value=float(exact.sum() + self.total / m) - within,
-            monte_carlo_se=math.sqrt(self.variance / m),
-            truncation=float(self.bound) / m + left_out,
+            value=float(exact.sum() + self.total / m) - half - within,
+            monte_carlo_se=self.widening * math.sqrt(self.variance / m),
+            truncation=half + left_out,
             rough=exact + self.sample / m,
             noise=noise,
         )
@@ -287,7 +301,8 @@ class _Run:
             return 0
         allowed = self.settings.tolerance * trace.value - trace.truncation
         # A truncation that cannot be helped leaves at least half of the tolerance to the probes.
-        allowed = max(allowed, 0.5 * self.settings.tolerance * trace.value) / CONFIDENCE
+        allowed = max(allowed, 0.5 * self.settings.tolerance * trace.value)
+        allowed /= CONFIDENCE * sums.widening
         needed = math.ceil(sums.variance / allowed**2)
         return max(0, min(needed, self.settings.max_probes) - have)
 

@@ -31,7 +31,7 @@ from flataudit.solvers.base import (
     pseudo_inverse_root,
     spectrum_of,
 )
-from flataudit.solvers.dual import invert_lower_
+from flataudit.solvers.triangular import cholesky_, invert_lower_
 
 
 class Primal:
@@ -77,12 +77,10 @@ class Primal:
         if spectrum and len(tied) <= EIGENVALUE_LIMIT:
             ratios = spectrum_of(inner)[: problem.n_rows]
         inner.diagonal().add_(1.0)
-        # The transposed view is column-major: torch factors it where it stands.
-        lower, info = inner.mT, torch.empty(0, dtype=torch.int32, device=problem.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info):
+        lower, row = cholesky_(inner)
+        if row:
             raise NumericalError(
-                f"expected a positive definite penalised GGN, got a breakdown at row {int(info)};"
+                f"expected a positive definite penalised GGN, got a breakdown at row {row};"
                 " likely causes: weights near overflow or a penalty far below 1e-14 of the"
                 " curvature; raise the penalty or use solver=dual"
             )

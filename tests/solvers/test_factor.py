@@ -7,7 +7,8 @@ import torch
 
 from flataudit.errors import NumericalError
 from flataudit.solvers.base import pseudo_inverse_root
-from flataudit.solvers.dual import inverse_factor, invert_lower_
+from flataudit.solvers.dual import inverse_factor
+from flataudit.solvers.triangular import invert_lower_
 
 
 def positive(n: int) -> torch.Tensor:
