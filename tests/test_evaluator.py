@@ -16,7 +16,7 @@ from mlflow.models.evaluation.validation import ModelValidationFailedException
 from sklearn.linear_model import LogisticRegression
 
 import flataudit
-from flataudit import tracking
+from flataudit import audit_run, tracking
 from flataudit.data import digest_of
 from flataudit.errors import AuditFailedError, InputError
 from flataudit.evaluator import FlatauditEvaluator
@@ -195,7 +195,7 @@ def test_data_by_name(models, client, heldout, wanted):
     assert found.metrics == pytest.approx(tracking.metrics_of(wanted), rel=1e-9)
     inputs = client.get_run(found.run_id).inputs.dataset_inputs
     digests = {i.dataset.name: i.dataset.digest for i in inputs}
-    assert digests["train"] == digest_of(models.x, models.y)[: tracking.DIGEST]
+    assert digests["train"] == digest_of(models.x, models.y)[: audit_run.DIGEST]
 
 
 def test_no_held_out_data(models, heldout, wanted):

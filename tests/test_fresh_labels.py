@@ -148,16 +148,16 @@ def test_observations_and_audits_go_on_from_each_other(client, model, audit, sav
 
 def test_an_audit_that_broke_off_does_not_count(model, audit, saved, monkeypatch):
     audit(model, saved(slice(80, 120)))
-    real = tracking._set_run_tags
+    real = tracking.set_run_tags
 
     def broken(*args):
         real(*args)  # all but the end of the run is written
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracking, "_set_run_tags", broken)
+    monkeypatch.setattr(tracking, "set_run_tags", broken)
     with pytest.raises(StoreError):
         audit(model, saved(slice(120, 200)))
-    monkeypatch.setattr(tracking, "_set_run_tags", real)
+    monkeypatch.setattr(tracking, "set_run_tags", real)
     assert counted(audit(model, saved(slice(120, 200)))) == (120, 2, 80, 0)
 
 

@@ -59,7 +59,7 @@ def drawn(tmp_path, monkeypatch):
     folder = tmp_path / "drawn"
     folder.mkdir()
     (folder / "report.html").write_text("x" * 10_000)
-    monkeypatch.setattr(tracking, "_rendered", lambda *_: str(folder))
+    monkeypatch.setattr(tracking, "rendered", lambda *_: str(folder))
     return folder
 
 

@@ -6,8 +6,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flataudit import history, keys, tracking
-from flataudit.store import embedded_store, use_tracking
+from flataudit import history, keys
+from flataudit.store import embedded_store, ensure_experiment, use_tracking
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def client(tmp_path):
 
 def past(client, uri, gap=0.05, *, status="FINISHED", **metrics):
     """One audit's run."""
-    experiment = tracking.ensure_experiment(tracking.EXPERIMENT)
+    experiment = ensure_experiment(keys.EXPERIMENT)
     tags = {"flataudit.model_uri": uri, "flataudit.verdict": "pass", "flataudit.confidence": "ok",
             "flataudit.model_id": f"m-{uri}"}  # fmt: skip
     run_id = client.create_run(experiment, tags=tags).info.run_id
@@ -58,7 +58,7 @@ def test_no_history_without_a_registered_model_or_experiment(client):
 def test_a_gap_measured_later_stands_beside_the_prediction(client):
     """The newest observation of an audit counts."""
     run_id = past(client, "models:/seen/1", 0.05, gap_low=0.04, gap_high=0.06)
-    experiment = tracking.ensure_experiment(keys.OBSERVATIONS)
+    experiment = ensure_experiment(keys.OBSERVATIONS)
     for gap in (0.01, 0.045):
         tags = {keys.RUN_ID: run_id, keys.URI_TAG: "models:/seen/1"}
         seen = client.create_run(experiment, tags=tags).info.run_id

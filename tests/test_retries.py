@@ -177,7 +177,7 @@ def store(tmp_path, monkeypatch):
     with pointed_at(embedded_store(tmp_path / "store")):
         (tmp_path / "drawn").mkdir()
         (tmp_path / "drawn" / "report.json").write_text("{}")
-        monkeypatch.setattr(tracking, "_rendered", lambda *_: str(tmp_path / "drawn"))
+        monkeypatch.setattr(tracking, "rendered", lambda *_: str(tmp_path / "drawn"))
         ensure_experiment(keys.EXPERIMENT)
         yield MlflowClient()
 

@@ -64,7 +64,7 @@ def version(client):
 @pytest.fixture
 def undrawn(monkeypatch, tmp_path):
     """Nothing is drawn, which takes the longest: one small file stands for the artifacts."""
-    monkeypatch.setattr(tracking, "_rendered", lambda *_: str(tmp_path))
+    monkeypatch.setattr(tracking, "rendered", lambda *_: str(tmp_path))
     (tmp_path / "report.json").write_text("{}")
 
 
