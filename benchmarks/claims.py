@@ -383,7 +383,8 @@ def save(results: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def rounded(value: Any) -> Any:
+def significant(value: Any) -> Any:
+    """A number with seven significant digits."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
@@ -416,7 +417,7 @@ def main() -> None:
     world, started, saved = make_world(given.data), time.monotonic(), time.monotonic()
     done = 0
     for draw, cell in left:
-        row = {name: rounded(value) for name, value in measure(cell, draw, world).items()}
+        row = {name: significant(value) for name, value in measure(cell, draw, world).items()}
         results["columns"] = list(row)
         entries[cell.key]["rows"].append(list(row.values()))
         done += 1

@@ -334,11 +334,13 @@ def dump(found: Json) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def rounded(value: Any) -> Any:
-    """A result with four decimals, and null where a number is not finite."""
+def rounded(value: Any, decimals: int = 4) -> Any:
+    """A result with so many decimals, and null where a number is not finite."""
     if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return round(value, decimals) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: rounded(v, decimals) for k, v in value.items()}
+    return [rounded(v, decimals) for v in value] if isinstance(value, list) else value
 
 
 def read(path: Path) -> list[Json]:

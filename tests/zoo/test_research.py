@@ -29,7 +29,7 @@ from benchmarks.zoo.research import curvature as c
 from benchmarks.zoo.research import recalibrate as r
 from benchmarks.zoo.research import trajectory as t
 from benchmarks.zoo.rules import SOFT_RANK
-from benchmarks.zoo.scores import read
+from benchmarks.zoo.scores import read, rounded
 from flataudit import FlatauditError, audit, estimates
 from flataudit.families import Categorical
 
@@ -376,7 +376,7 @@ def test_the_committed_scores_are_those_of_the_committed_rows():
     tables = summary.from_file(summary.OUT)
     assert len(tables["recalibration"]) >= 100
     assert len(tables["training"]) >= 40
-    again = summary.rounded(summary.summarise(tables, read(RESULTS), 4))
+    again = rounded(summary.summarise(tables, read(RESULTS), 4), summary.DECIMALS)
 
     def values(node, at=()):
         for key, value in node.items():

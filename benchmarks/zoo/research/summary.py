@@ -48,13 +48,14 @@ from benchmarks.zoo.rules import (
     decided,
     number,
 )
-from benchmarks.zoo.scores import read
+from benchmarks.zoo.scores import read, rounded
 from benchmarks.zoo.store import read_rows
 
 Json = dict[str, Any]
 
 OUT = Path(__file__).parents[1] / "research.json"
-DIGITS = 6
+DIGITS = 6  # significant ones of a row's numbers
+DECIMALS = 5  # of a score
 SAME = 1e-4  # nats: a network trained again is the zoo's where its training NLL is
 
 
@@ -315,7 +316,7 @@ def joined_with(rows: Sequence[Row], more: Sequence[Json]) -> list[Json]:
 
 def text_of(found: Json, tables: Mapping[str, Sequence[Json]]) -> str:
     """The file: scores indented, one line per row."""
-    parts = [json.dumps(rounded(found), indent=1, allow_nan=False).removesuffix("\n}")]
+    parts = [json.dumps(rounded(found, DECIMALS), indent=1, allow_nan=False).removesuffix("\n}")]
     blocks = []
     for name, rows in tables.items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -325,15 +326,6 @@ def text_of(found: Json, tables: Mapping[str, Sequence[Json]]) -> str:
         blocks.append(f'  "{name}": {{"columns": {json.dumps(columns)}, "rows": [\n{lines}\n]}}')
     parts.append(',\n "rows": {\n' + ",\n".join(blocks) + "\n }\n}\n")
     return "".join(parts)
-
-
-def rounded(value: Any) -> Any:
-    """Floats with five decimals, null where not finite."""
-    if isinstance(value, float):
-        return round(value, 5) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def table(scores: Json) -> str:
