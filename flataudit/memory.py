@@ -32,13 +32,15 @@ def limited_to(n_bytes: int | None) -> Iterator[None]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now: free GPU memory, or available RAM.
+    """Bytes that can be allocated on `device` now: GPU memory that no tensor holds, or free RAM.
 
     On Linux a control group's limit counts as well, since a container sees the host's memory,
     and so does the limit of `limited_to`, less what this process holds.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * HEADROOM)
+        # What an earlier solve used and torch keeps is not free to the driver, but to the next one.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * HEADROOM)
     free = _meminfo()
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

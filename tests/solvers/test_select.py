@@ -276,6 +276,17 @@ def test_plan_covers_the_matrix_and_grows_with_it(solver):
     assert plans[1] >= 8 * size**2
 
 
+def test_what_torch_keeps_of_a_gpu_can_be_used_again(monkeypatch):
+    """After a solve its matrix is torch's, not the driver's: the next one of its size still fits."""
+    for name, value in {
+        "mem_get_info": (10 * GB, 80 * GB),
+        "memory_reserved": 65 * GB,
+        "memory_allocated": 5 * GB,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert available_bytes(torch.device("cuda")) == int(0.85 * 70 * GB)
+
+
 def test_available_bytes_is_within_the_machine():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < available_bytes(torch.device("cpu")) <= machine
