@@ -165,7 +165,15 @@ def test_training_record_and_free_parameters():
 # --- what happens when memory does not suffice ----------------------------------------------------
 
 
-def test_out_of_memory_falls_back_with_the_reason(monkeypatch):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    ],
+)
+def test_out_of_memory_falls_back_with_the_reason(message, monkeypatch):
     tried = []
 
     def fails(name, error):
@@ -178,11 +186,7 @@ def test_out_of_memory_falls_back_with_the_reason(monkeypatch):
     monkeypatch.setattr(
         type(SOLVERS["primal"]), "solve", fails("primal", torch.OutOfMemoryError("no memory"))
     )
-    monkeypatch.setattr(
-        type(SOLVERS["dual"]),
-        "solve",
-        fails("dual", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    )
+    monkeypatch.setattr(type(SOLVERS["dual"]), "solve", fails("dual", RuntimeError(message)))
     monkeypatch.setattr(
         type(MATRIX_FREE["sampling"]), "solve", fails("sampling", MemoryPlanError("too large"))
     )

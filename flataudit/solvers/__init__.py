@@ -60,6 +60,8 @@ MATRIX_FREE: dict[str, MatrixFree] = {
 }
 NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
 
+# In messages of errors that have no type of their own.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 # Floating-point operations up to which `auto` takes samples, which give leave-one-out and values
 # per sample, rather than the two traces alone: about an hour at 3e10/s on a processor's core and
 # at 3e13/s on a graphics card.
@@ -238,7 +240,7 @@ def solve(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises a plain RuntimeError where the processor's memory is out."""
+    """torch raises a plain RuntimeError where RAM, or a CUDA library's own workspace, is out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | MemoryPlanError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
