@@ -61,7 +61,11 @@ MATRIX_FREE: dict[str, MatrixFree] = {
 NAMES = (*sorted(SOLVERS), *sorted(MATRIX_FREE))
 
 # In messages of errors that have no type of their own.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 # Floating-point operations up to which `auto` takes samples, which give leave-one-out and values
 # per sample, rather than the two traces alone: about an hour at 3e10/s on a processor's core and
 # at 3e13/s on a graphics card.

@@ -277,7 +277,7 @@ def test_plan_covers_the_matrix_and_grows_with_it(solver):
 
 
 def test_what_torch_keeps_of_a_gpu_can_be_used_again(monkeypatch):
-    """After a solve its matrix is torch's, not the driver's: the next one of its size still fits."""
+    """After a solve its memory is torch's, not the driver's: the next one of its size fits."""
     for name, value in {
         "mem_get_info": (10 * GB, 80 * GB),
         "memory_reserved": 65 * GB,
