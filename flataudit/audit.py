@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from flataudit import estimates as estimators
 from flataudit.calibration import is_saturated
 from flataudit.calibration.eprocess import EProcess
 from flataudit.checkpoint import as_checkpoint
-from flataudit.curvature.problem import Problem, predict
+from flataudit.curvature.problem import Problem
 from flataudit.display import build_display
 from flataudit.errors import InputError, NumericalError
 from flataudit.families import Family
@@ -46,7 +45,7 @@ from flataudit.labels import with_indices
 from flataudit.models.sklearn import as_network
 from flataudit.models.torch import PreparedModel
 from flataudit.penalty import PenaltyArgument
-from flataudit.preparation import prepared_problem
+from flataudit.preparation import heldout_outputs, prepared_problem
 from flataudit.results import (
     LEVEL,
     Z_LEVEL,
@@ -338,11 +337,7 @@ def _unseen(
             f" {x.shapes}; give the same features"
         )
     y = problem.family.check(y, problem.n_outputs).to(problem.device)
-    outputs = predict(prepared.module, x, chunk_size=problem.chunk_size)
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError(
-            "expected finite model outputs on the heldout data, got NaN or infinity; check x"
-        )
+    outputs = heldout_outputs(prepared.module, x, chunk_size=problem.chunk_size)
     shift = input_shift(x_train.flattened, given.flattened, seed=seed)
     return Unseen(outputs, y, shift, sample_keys(given))
 

@@ -42,9 +42,6 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
         InputError: data that do not fit the model.
         NumericalError: outputs or losses that are not finite.
     """
-    import torch
-
-    from flataudit.curvature.problem import predict
     from flataudit.data import digest_of, load_data
     from flataudit.estimates import mean_and_se
     from flataudit.families import log_probabilities, make_family
@@ -54,6 +51,7 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
     from flataudit.models.registry import ModelSource, load_model
     from flataudit.models.sklearn import as_network
     from flataudit.models.torch import prepare
+    from flataudit.preparation import heldout_outputs
     from flataudit.results import UnseenLabels
     from flataudit.tensors import as_pair, resolve_device, sample_keys
 
@@ -67,16 +65,12 @@ def measure_here(request: Json, progress: stages.Progress | None = None) -> Json
     x, y = as_pair(pair, "heldout")
     device = resolve_device(request["device"])
     prepared = prepare(subject.model, x, device)
-    outputs = predict(prepared.module, x.to(prepared.dtype, device))
+    outputs = heldout_outputs(prepared.module, x.to(prepared.dtype, device))
     dispersion = request["dispersion"] or 1.0
     family = make_family(request["family"], y, outputs.shape[1], dispersion)
     if names is not None:
         names.check(outputs.shape[1], family.name)
     y = family.check(y, outputs.shape[1]).to(device)
-    if not bool(torch.isfinite(outputs).all()):
-        raise InputError(
-            "expected finite model outputs on the heldout data, got NaN or infinity; check x"
-        )
     nll, se = mean_and_se(family.nll(outputs, y))
     if not (math.isfinite(nll) and math.isfinite(se)):
         raise NumericalError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from flataudit.curvature.problem import Problem, make_problem, predict
+from flataudit.errors import InputError
 from flataudit.families import make_family
 from flataudit.inputs import Inputs
 from flataudit.labels import ClassNames
@@ -45,3 +47,17 @@ def prepared_problem(
         names.check(n_outputs, likelihood.name)
     y = likelihood.check(y, n_outputs).to(where)
     return prepared, make_problem(prepared.module, x, y, likelihood, chunk_size=chunk_size)
+
+
+def heldout_outputs(module: nn.Module, x: Inputs, *, chunk_size: int | None = None) -> Tensor:
+    """The model's outputs (n, K) on data that it was not fitted to.
+
+    Raises:
+        InputError: NaN or infinity among them.
+    """
+    outputs = predict(module, x, chunk_size=chunk_size)
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError(
+            "expected finite model outputs on the heldout data, got NaN or infinity; check x"
+        )
+    return outputs
