@@ -16,8 +16,7 @@ V is not quite invariant; the same probes estimate what that does to the traces,
 product (`flataudit.solvers.deflation`; left out, TIC was 1 to 2 % too large where hundreds of
 directions were summed).
 
-Two errors are kept apart: the probes' standard error, from Var = 2 sum_i Var(z_i (F z)_i) which
-needs no more than a few probes (and is widened by Student's t for being known from so few), and the
+Two errors are kept apart: the probes' standard error (`flataudit.solvers.probes`) and the
 quadrature's truncation. A quadrature is too large, by no more than a bound: half of it is taken
 off, and half is the truncation.
 """
@@ -29,7 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from flataudit.curvature.problem import Problem
@@ -37,10 +35,8 @@ from flataudit.solvers.base import CurvatureTraces, Penalty, Trace, Work
 from flataudit.solvers.deflation import Deflation
 from flataudit.solvers.krylov import BlockLanczos
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
+from flataudit.solvers.probes import CONFIDENCE, ProbeSums
 from flataudit.solvers.resume import Resume, State
-
-CONFIDENCE = 1.96  # standard errors in the error that is held against the tolerance
-_LEVEL = float(ndtr(CONFIDENCE))  # as a quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,65 +71,6 @@ class Lanczos:
         return _Run(self, problem, operator, penalty, work).result()
 
 
-class _Sums:
-    """Sums over the probes of one kind, of which only sums over probes are kept."""
-
-    def __init__(self, rows: int, samples: int, device: torch.device) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.count, self.total, self.bound = zero.clone(), zero.clone(), zero.clone()
-        self.coupling = zero.clone()
-        self.row, self.row_square = (zero.new_zeros(rows) for _ in range(2))
-        self.sample, self.sample_square = (zero.new_zeros(samples) for _ in range(2))
-
-    NAMES = ("count", "total", "bound", "coupling", "row", "row_square", "sample", "sample_square")
-
-    def add(self, values: Tensor, bounds: Tensor, parts: Tensor, coupling: Tensor) -> None:
-        """values, bounds (m,); parts z_i (F z)_i (rows, m), whose sums are the values; coupling
-        (m,): what the deflated directions take off a value beyond that."""
-        self.count += len(values)
-        self.total += values.sum() - coupling.sum()
-        self.coupling += coupling.sum()
-        self.bound += bounds.sum()
-        self.row += parts.sum(dim=1)
-        self.row_square += parts.square().sum(dim=1)
-        samples = parts.view(len(self.sample), -1, parts.shape[1]).sum(dim=1)
-        self.sample += samples.sum(dim=1)
-        self.sample_square += samples.square().sum(dim=1)
-
-    @property
-    def variance(self) -> float:
-        """Of one probe's value: 2 sum_i Var(z_i (F z)_i) = 2 sum_{i != j} F_ij^2."""
-        return 2.0 * float(_variances(self.row, self.row_square, self.count).sum())
-
-    @property
-    def widening(self) -> float:
-        """Student's t over the normal quantile: the variance is known from `count` probes alone.
-
-        Pooled over the rows it is known better than that, so intervals are wider than they need
-        be, if anything.
-        """
-        return float(stdtrit(float(self.count) - 1.0, _LEVEL)) / CONFIDENCE
-
-    def trace(self, exact: Tensor, within: float, ratio: float) -> Trace:
-        """exact: the samples' part that no probe estimates (n,), and what is taken off their sum;
-        ratio: of what is left out to the coupling that was taken off."""
-        m = float(self.count)
-        left_out = ratio / (1.0 - min(ratio, 0.5)) * (within + float(self.coupling) / m)
-        noise = float(_variances(self.sample, self.sample_square, self.count).mean()) / m
-        half = float(self.bound) / m / 2.0
-        return Trace(
-            value=float(exact.sum() + self.total / m) - half - within,
-            monte_carlo_se=self.widening * math.sqrt(self.variance / m),
-            truncation=half + left_out,
-            rough=exact + self.sample / m,
-            noise=noise,
-        )
-
-
-def _variances(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
-    return ((squares - total.square() / count) / (count - 1)).clamp_min(0.0)
-
-
 class _Run:
     """One solve, resumable between two products with the operator."""
 
@@ -148,7 +85,7 @@ class _Run:
         self.settings, self.problem, self.operator, self.work = settings, problem, operator, work
         n, n_rows, device = problem.n_samples, problem.n_rows, problem.device
         self.v = problem.factor.residual
-        self.soft, self.tic = _Sums(n_rows, n, device), _Sums(n, n, device)
+        self.soft, self.tic = ProbeSums(n_rows, n, device), ProbeSums(n, n, device)
         empty = torch.zeros(0, dtype=torch.float64, device=device)
         self.deflated = Deflation.none(empty.new_zeros(n_rows))
         self.nodes, self.weights = empty.clone(), empty.clone()
@@ -257,7 +194,7 @@ class _Run:
             self._tick()
 
     @staticmethod
-    def _truncated(values: Tensor, bounds: Tensor, sums: _Sums, exact: Tensor) -> float:
+    def _truncated(values: Tensor, bounds: Tensor, sums: ProbeSums, exact: Tensor) -> float:
         """The mean bound of these columns relative to the trace as known so far."""
         if not len(values):
             return 0.0
@@ -291,7 +228,7 @@ class _Run:
 
     # --- when to stop ---------------------------------------------------------------------------
 
-    def _missing(self, sums: _Sums) -> int:
+    def _missing(self, sums: ProbeSums) -> int:
         """How many more probes of this kind its error asks for."""
         have = int(sums.count)
         if not have:
@@ -334,7 +271,7 @@ class _Run:
         down = self._down(self.deflated.vectors)
         return self.operator.free.tic + down.square() @ _f(self.deflated.values)
 
-    def _trace(self, sums: _Sums) -> Trace:
+    def _trace(self, sums: ProbeSums) -> Trace:
         ratio = self.deflated.ratio
         if sums is self.soft:
             return sums.trace(self._exact_soft(), self.deflated.within(), ratio)
@@ -382,7 +319,7 @@ class _Run:
         state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
             # Clones: the sums go on in place.
-            state |= {f"{label}.{k}": getattr(sums, k).clone() for k in _Sums.NAMES}
+            state |= {f"{label}.{k}": getattr(sums, k).clone() for k in ProbeSums.NAMES}
         return state
 
     def _load(self) -> State | None:
@@ -398,7 +335,7 @@ class _Run:
         )
         self.operator.applications = int(saved["applications"])
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
-            for k in _Sums.NAMES:
+            for k in ProbeSums.NAMES:
                 setattr(sums, k, saved[f"{label}.{k}"].to(device))
         return saved
 

@@ -7,13 +7,13 @@ from functools import cache
 
 import pytest
 import torch
-from scipy.stats import binom, t
+from scipy.stats import binom
 
 from flataudit import estimates
 from flataudit.checkpoint import FolderCheckpoint
 from flataudit.errors import InputError, NumericalError
 from flataudit.solvers import MATRIX_FREE, SOLVERS, Work
-from flataudit.solvers.lanczos import Lanczos, _Sums
+from flataudit.solvers.lanczos import Lanczos
 from flataudit.solvers.operator import CurvatureOperator
 from flataudit.solvers.refinement import largest_ratio
 from flataudit.solvers.resume import problem_key
@@ -99,24 +99,6 @@ def test_stated_errors_hold():
             errors.append(abs(trace.value - wanted) / wanted)
     assert inside >= binom.ppf(0.001, 40, 0.95)
     assert max(errors) < 0.05
-
-
-def test_few_probes_widen_the_stated_error():
-    """1.96 of it are Student's t standard errors of as many probes; a quadrature's bound is halved
-    on either side of the middle."""
-    generator = torch.Generator().manual_seed(3)
-    matrix = torch.randn(30, 30, generator=generator, dtype=torch.float64)
-    matrix = matrix @ matrix.T
-    signs = 2.0 * torch.randint(0, 2, (30, 5), generator=generator).double() - 1.0
-    parts = signs * (matrix @ signs)
-    sums = _Sums(30, 10, torch.device("cpu"))
-    bounds = torch.full((5,), 0.4, dtype=torch.float64)
-    sums.add(parts.sum(dim=0), bounds, parts, torch.zeros(5, dtype=torch.float64))
-    trace = sums.trace(torch.zeros(10, dtype=torch.float64), within=0.0, ratio=0.0)
-    plain = math.sqrt(2.0 * float(parts.var(dim=1).sum()) / 5)
-    assert 1.96 * trace.monte_carlo_se == pytest.approx(t.ppf(0.975, 4) * plain, rel=1e-4)
-    assert trace.value == pytest.approx(float(parts.sum()) / 5 - 0.2)
-    assert trace.truncation == pytest.approx(0.2)
 
 
 def test_half_converged_directions_are_made_up_for():
