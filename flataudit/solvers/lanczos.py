@@ -43,15 +43,16 @@ from flataudit.solvers.resume import Resume, State
 class Lanczos:
     """Soft rank and TIC by probes and Krylov spaces.
 
-    tolerance: relative, on 1.96 standard errors plus truncation, of both traces; first, further:
-    starts of each kind in the first block, and probes in each later one; max_probes: of each kind;
-    max_basis: columns of a Krylov basis; deflation: Ritz vectors with residuals below this times
-    sqrt(1 + x) are summed exactly; dtype: of the network's arithmetic.
+    tolerance: relative, on 1.96 standard errors plus truncation, of both traces (1 % is then four
+    standard errors out); first, further: starts of each kind in the first block, and probes in each
+    later one; max_probes: of each kind; max_basis: columns of a Krylov basis; deflation: Ritz
+    vectors with residuals below this times sqrt(1 + x) are summed exactly; dtype: of the network's
+    arithmetic.
     """
 
     name: str = "lanczos"
     exact: bool = False
-    tolerance: float = 0.006
+    tolerance: float = 0.005
     first: int = 24
     further: int = 32
     max_probes: int = 512
