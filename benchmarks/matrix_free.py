@@ -13,9 +13,10 @@ memory     peak of a block of products above the process before it, against chun
     python benchmarks/matrix_free.py [--data FOLDER] [--seeds 10] [--part PART ...]
         [--cases CASE ...] [--operator matrix|product]
 
-accuracy and sampling can do their products with the Gram matrix, formed once (n = 500): the same to
-rounding, and only the solvers' statistics are studied. `--operator product` goes through the
-network. Writes benchmarks/matrix_free.json, part by part, case by case.
+accuracy and sampling can do their products with the Gram matrix, formed once: the same to rounding,
+and only the solvers' statistics are studied. `--operator product` goes through the network, and
+sampling has to where there are fewer parameters than rows. Writes benchmarks/matrix_free.json, part
+by part, case by case.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def studied(part: str, case: str, value: float, given: argparse.Namespace) -> li
     from flataudit.solvers.operator import CurvatureOperator
 
     problem = problem_of(*CASES[case][:1], given.data, CASES[case][1])
+    if given.operator == "matrix" and part == "sampling" and problem.n_params < problem.n_rows:
+        sys.exit(f"{case}: expected P >= N for sampling by a matrix; use --operator product")
     v = problem.factor.residual
     penalty = constant(problem, value)
     exact = SOLVERS["dual"].solve(problem, penalty)
