@@ -71,7 +71,7 @@ OUT_OF_MEMORY = (
 # at 3e13/s on a graphics card.
 AFFORDABLE = {"cpu": 1e14, "cuda": 1e17}
 # Products with the operator that sampling takes: systems times iterations, as measured at penalties
-# of 1e-2 and 1e-3 (benchmarks/matrix_free.json); at 1e-4 it can be three times as many.
+# of 1e-2 and 1e-3 (benchmarks/matrix_free.json); at 1e-4 it can be seven times as many.
 SAMPLING_PRODUCTS = 10_000
 
 

@@ -43,7 +43,7 @@ from flataudit.solvers.resume import Resume, State
 class Lanczos:
     """Soft rank and TIC by probes and Krylov spaces.
 
-    tolerance: relative, on 1.96 standard errors plus truncation, of both traces (1 % is then four
+    tolerance: relative, on 1.96 standard errors plus truncation, of both traces (1 % is then 4.3
     standard errors out); first, further: starts of each kind in the first block, and probes in each
     later one; max_probes: of each kind; max_basis: columns of a Krylov basis; deflation: Ritz
     vectors with residuals below this times sqrt(1 + x) are summed exactly; dtype: of the network's
@@ -52,7 +52,7 @@ class Lanczos:
 
     name: str = "lanczos"
     exact: bool = False
-    tolerance: float = 0.005
+    tolerance: float = 0.0045
     first: int = 24
     further: int = 32
     max_probes: int = 512
