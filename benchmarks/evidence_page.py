@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pyarrow.parquet as pq
 
 from benchmarks.common.pages import machine_line, pyplot, rendered, save
-from benchmarks.zoo.rule_fit import observed
-from benchmarks.zoo.rules import decided
+from benchmarks.zoo.rules import decided, number, observed
 from benchmarks.zoo.scores import FEWEST_GROUPS, OURS, RIVALS, read, with_rules
 from flataudit.results import PenaltyInfo
 from flataudit.selection import choose_confidence
@@ -546,7 +545,6 @@ def draw_errors(evidence: Evidence, path: Path) -> None:
     """How many models are within a factor: the audit's choice, its rivals, sampling noise alone."""
     import numpy as np
 
-    from benchmarks.zoo.rules import number
     from benchmarks.zoo.statistics import log_errors
 
     plt = pyplot()

@@ -137,7 +137,7 @@ def log_report(
                                                         **source.report_fields()}}))  # fmt: skip
     folder = Path(scratch_folder())
     (folder / Path(keys.REPORT).name).write_text(json.dumps(to_json(report)))
-    with mock.patch.object(tracking, "_rendered", return_value=str(folder)):
+    with mock.patch.object(tracking, "rendered", return_value=str(folder)):
         options = {"train": "train.npz", **options}
         return tracking.log_audit(report, {}, source, options=options, run_tags=run_tags)
 

@@ -44,12 +44,13 @@ from benchmarks.zoo.rules import (
     nearest,
     never_sharper,
     number,
+    observed,
     paper,
 )
 from benchmarks.zoo.scores import finite, read, rounded
 from benchmarks.zoo.store import read_rows
-from flataudit.results import LEVEL, Z_LEVEL, Estimate, Estimates, Gap, PenaltyInfo
-from flataudit.selection import Observations, SelectionPolicy, choose_confidence, widened
+from flataudit.results import LEVEL, Z_LEVEL
+from flataudit.selection import choose_confidence, widened
 
 Json = dict[str, Any]
 Flags = NDArray[np.bool_]
@@ -166,25 +167,6 @@ def model_errors(rows: Sequence[Row]) -> dict[str, float]:
 def family_of(estimator: str) -> str:
     """The family whose model error an estimator has."""
     return next(family for family, members in FAMILIES.items() if estimator in members)
-
-
-def observed(row: Row, found: Decided, ends: tuple[float, float]) -> Observations:
-    """A row as what the confidence is decided on."""
-    warned = (row["by_loo_warnings"] or "").split(",")
-    policy = SelectionPolicy()
-    return Observations(
-        calibration=calibration(row),
-        estimates=Estimates(Estimate(0.0, 0.0), Estimate(0.0, 0.0)),
-        premise=None,
-        penalty=PenaltyInfo(None, 0, "training", None, None),
-        gap=Gap(found.gap, *ends, LEVEL, found.estimator, ""),
-        heldout=None,
-        saturated=bool(row["by_loo_saturated"]),
-        gradient_noise=0.0,
-        max_leverage=policy.leverage * (2.0 if "high_leverage" in warned else 0.5),
-        training_time=False,
-        linear=row["architecture"] == "glm",
-    )
 
 
 def cross_validate(rows: Sequence[Row]) -> Json:

@@ -11,8 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flataudit.results import Calibration, EstimatorName
-from flataudit.selection import choose_estimator
+from flataudit.results import (
+    LEVEL,
+    Calibration,
+    Estimate,
+    Estimates,
+    EstimatorName,
+    Gap,
+    PenaltyInfo,
+)
+from flataudit.selection import Observations, SelectionPolicy, choose_estimator
 
 Row = Mapping[str, Any]
 Rule = Callable[[Row], float | None]
@@ -194,3 +202,22 @@ def regimes(row: Row) -> list[str]:
         found.append("P<N" if row["n_params"] < row["n_rows"] else "P>N")
     confidence = row.get("by_loo_confidence")
     return [*found, f"called_{confidence}"] if confidence else found
+
+
+def observed(row: Row, found: Decided, ends: tuple[float, float]) -> Observations:
+    """A row as what the confidence is decided on."""
+    warned = (row["by_loo_warnings"] or "").split(",")
+    policy = SelectionPolicy()
+    return Observations(
+        calibration=calibration(row),
+        estimates=Estimates(Estimate(0.0, 0.0), Estimate(0.0, 0.0)),
+        premise=None,
+        penalty=PenaltyInfo(None, 0, "training", None, None),
+        gap=Gap(found.gap, *ends, LEVEL, found.estimator, ""),
+        heldout=None,
+        saturated=bool(row["by_loo_saturated"]),
+        gradient_noise=0.0,
+        max_leverage=policy.leverage * (2.0 if "high_leverage" in warned else 0.5),
+        training_time=False,
+        linear=row["architecture"] == "glm",
+    )

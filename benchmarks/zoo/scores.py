@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.zoo import statistics as s
 from benchmarks.zoo.grid import HYPERPARAMETERS, differ_in_one
-from benchmarks.zoo.rules import ESTIMATES, RULES, decided, number, regimes
+from benchmarks.zoo.rules import ESTIMATES, RULES, decided, number, observed, regimes
 from flataudit.results import Z_LEVEL
 from flataudit.selection import MODEL_ERROR, choose_confidence, widened
 
@@ -267,8 +267,6 @@ def with_rules(rows: Sequence[Mapping[str, Any]]) -> list[Json]:
 
 def listed(row: Mapping[str, Any]) -> Json:
     """The decision list's interval, estimator and confidence for a row, by the package's rules."""
-    from benchmarks.zoo.rule_fit import observed  # which reads results by this module
-
     found = decided(row)
     if found is None:
         return {}
