@@ -53,7 +53,7 @@ class Lanczos:
     name: str = "lanczos"
     exact: bool = False
     tolerance: float = 0.0045
-    first: int = 24
+    first: int = 40
     further: int = 32
     max_probes: int = 512
     max_basis: int = 1024
