@@ -149,6 +149,7 @@ def audit(
         MemoryPlanError: no solver fits; states the size before any work.
         NumericalError: a factorisation broke down.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(300, 3, dtype=torch.float64)
     >>> y = (x @ torch.ones(3, dtype=torch.float64) + torch.randn(300, dtype=torch.float64))
