@@ -98,7 +98,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if there and name not in MOVES:
         _check(name, args, tensors)
     if there and torch.Tag.inplace_view in func.tags:
-        raise NotImplementedError(f"{name}: the shape shown would not follow")
+        raise RuntimeError(f"{name}: expected no change of shape in place; the shape shown stays")
     values, options = _mapped(_held, args), _mapped(_held, kwargs)
     to = options.get("device")
     if to is not None:
@@ -110,9 +110,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     same = {id(t.held): t for t in there}  # in-place operations return what they were given
 
     def shown(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return same.get(id(value)) if id(value) in same else _Elsewhere(value) if stays else value
+        if id(value) in same:
+            return same[id(value)]
+        return _Elsewhere(value) if stays and isinstance(value, Tensor) else value
 
     return _mapped(shown, result)
 

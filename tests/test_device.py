@@ -106,6 +106,8 @@ def test_the_second_device_refuses_what_a_gpu_would():
                 mixed()
         with pytest.raises((RuntimeError, TypeError)):
             there.numpy()
+        with pytest.raises(RuntimeError, match="change of shape in place"):
+            there.unsqueeze_(0)
         assert there.device == device
         assert there[torch.tensor([0, 2])].device == device
         assert (there + torch.tensor(1.0)).sum().item() == 12.0
