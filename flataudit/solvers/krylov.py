@@ -21,6 +21,9 @@ from torch import Tensor
 from flataudit.errors import NumericalError
 
 DEPENDENT = 1e-10  # a direction this small beside the operator's norm is rounding error
+CANCELLED = (
+    1e-2  # one this small beside the block's largest holds the basis to 1e-14 and is cleaned
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,14 +173,15 @@ class BlockLanczos:
     def _orthonormal(self, block: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(Q, R) with block = Q R up to rounding, Q orthogonal to the basis and to `against`.
 
-        Twice is enough (Kahan); a third pass cleans directions that cancelled almost entirely.
+        Twice is enough (Kahan), and `extend` has been the first time; another pass cleans
+        directions that cancelled almost entirely.
         """
         block = self._cleaned(block)
         q, r = torch.linalg.qr(block)
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
         keep = s > DEPENDENT * max(scale, float(s[0]) if self.size == 0 else 0.0)
         q = q @ u[:, keep]
-        if q.shape[1]:
+        if q.shape[1] and float(s[keep][-1] / s[0]) < CANCELLED:
             q = torch.linalg.qr(self._cleaned(q)).Q
         return q, q.T @ block
 

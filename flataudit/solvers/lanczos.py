@@ -5,12 +5,15 @@ With f(x) = x/(1 + x), K from `flataudit.solvers.operator` and R = blockdiag(v_i
     soft rank = rank(B0) + tr f(K) = rank(B0) + E z'f(K) z          z random signs (N,)
     n TIC gap = |Q0'R'|^2 + tr(R f(K) R') = ... + E w'R f(K) R'w     w random signs (n,)
 
-A first block of both kinds of start finds the largest eigenvalues x_l and their vectors V
-(`flataudit.solvers.krylov`), which carry most of either trace and are summed exactly:
-tr f(K) = sum f(x_l) + E z'P f(K) P z with P = I - V V' (deflation as in Hutch++, Meyer et al.
-2021). Fresh probes, in the complement of V where few steps suffice, follow until the stated error
-is below the tolerance. Those of the first block are not used again: V leans towards them, and their
-remainder is too small (by 3 standard errors in two of 21 trials).
+A first block starts from random signs z and from R'e_i for the samples i of the largest |v_i|: the
+few that a fitted model gets wrong carry most of TIC and nearly all of its variance over probes
+(sum of (v_i'f(K)_ij v_j)^2 over i /= j), and theirs is thus known by quadrature, without a probe.
+It also finds the largest eigenvalues x_l and their vectors V (`flataudit.solvers.krylov`), which
+carry most of either trace and are summed exactly: tr f(K) = sum f(x_l) + E z'P f(K) P z with
+P = I - V V' (deflation as in Hutch++, Meyer et al. 2021). Fresh probes, in the complement of V
+where few steps suffice, and for TIC zero on the samples that are known, follow until the stated
+error is below the tolerance. The signs of the first block are not used again: V leans towards them,
+and their remainder is too small (by 3 standard errors in two of 21 trials).
 
 V is not quite invariant; the same probes estimate what that does to the traces, without a further
 product (`flataudit.solvers.deflation`; left out, TIC was 1 to 2 % too large where hundreds of
@@ -24,11 +27,12 @@ off, and half is the truncation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from flataudit.curvature.problem import Problem
 from flataudit.solvers.base import CurvatureTraces, Penalty, Trace, Work
@@ -44,16 +48,18 @@ class Lanczos:
     """Soft rank and TIC by probes and Krylov spaces.
 
     tolerance: relative, on 1.96 standard errors plus truncation, of both traces (1 % is then 4.3
-    standard errors out); first, further: starts of each kind in the first block, and probes in each
-    later one; max_probes: of each kind; max_basis: columns of a Krylov basis; deflation: Ritz
-    vectors with residuals below this times sqrt(1 + x) are summed exactly; dtype: of the network's
-    arithmetic.
+    standard errors out); first: random starts of the first block, and the samples whose part of TIC
+    is known from it; settle: its steps beyond what its quadrature takes, as Ritz vectors converge
+    later; further: probes of each kind in a later block, at most; max_probes: of each kind;
+    max_basis: columns of a Krylov basis; deflation: Ritz vectors with residuals below this times
+    sqrt(1 + x) are summed exactly; dtype: of the network's arithmetic.
     """
 
     name: str = "lanczos"
     exact: bool = False
     tolerance: float = 0.0045
     first: int = 40
+    settle: int = 2
     further: int = 32
     max_probes: int = 512
     max_basis: int = 1024
@@ -88,10 +94,13 @@ class _Run:
         self.v = problem.factor.residual
         self.soft, self.tic = ProbeSums(n_rows, n, device), ProbeSums(n, n, device)
         empty = torch.zeros(0, dtype=torch.float64, device=device)
-        self.deflated = Deflation.none(empty.new_zeros(n_rows))
         self.nodes, self.weights = empty.clone(), empty.clone()
         self.energy, self.trace_ggn = empty.new_zeros(()), empty.new_zeros(())
-        self.round = 0
+        size = self.v.square().sum(dim=1)
+        self.leading = size.argsort(descending=True, stable=True)[: min(settings.first, n // 2)]
+        self.led, self.led_bounds = empty.new_zeros(n), empty.clone()
+        self._deflate(Deflation.none(empty.new_zeros(n_rows)))
+        self.round = self.settled = 0
         self.notes: list[str] = []
         self.resume = Resume(problem, penalty, work, settings)
 
@@ -112,27 +121,45 @@ class _Run:
 
     def _first(self, saved: State | None) -> None:
         """The shared block; its converged Ritz vectors are what later rounds deflate."""
-        m = self.settings.first
-        signs, lifted, _ = self._starts(m, m)
-        start = torch.cat([signs, lifted, self.v.reshape(-1, 1)], dim=1)
+        m, leading = self.settings.first, len(self.leading)
+        signs, _, _ = self._starts(m, 0)
+        units = one_hot(self.leading, self.problem.n_samples).T
+        start = torch.cat([signs, self._lifted(units), self.v.reshape(-1, 1)], dim=1)
         if saved is None and self.operator.tied:
             pulled = self.operator.pull(signs)
             self.trace_ggn = sum(
                 (t.square().sum() / m for t in pulled.values()), torch.zeros_like(self.trace_ggn)
             )
         lanczos = self._space(start, saved)
-        self._grow(lanczos, slice(0, m), slice(m, 2 * m))
+        known = slice(m, m + leading)
+        self._grow(lanczos, slice(0, m), known, settle=self.settings.settle)
+        self.settled = 0
+        values, bounds = lanczos.quadratures()
+        self.led[self.leading], self.led_bounds = values[known] - bounds[known] / 2.0, bounds[known]
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
         keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
-        self.deflated = Deflation(
-            lanczos.basis @ ritz.vectors[:, keep],
-            ritz.values[keep],
-            lanczos.following,
-            ritz.outside[:, keep],
+        self._deflate(
+            Deflation(
+                lanczos.basis @ ritz.vectors[:, keep],
+                ritz.values[keep],
+                lanczos.following,
+                ritz.outside[:, keep],
+            )
         )
         self.round = 1
         self.resume.offer(self._state)
+
+    def _deflate(self, deflation: Deflation) -> None:
+        """Takes V, and per sample what it adds to soft rank (n,) and TIC (n,)."""
+        self.deflated = deflation
+        f = _f(deflation.values)
+        rows = deflation.vectors.square() @ f
+        self.exact_soft = rows.view(self.problem.n_samples, -1).sum(dim=1)
+        self.exact_soft += self.operator.free.leverage
+        # The samples that are known have all of theirs already.
+        self.unknown = self._down(deflation.vectors).index_fill(0, self.leading, 0.0)
+        self.exact_tic = self.operator.free.tic + self.led + self.unknown.square() @ f
 
     def _further(self, saved: State | None) -> None:
         """Another block of probes in the complement of V."""
@@ -146,14 +173,17 @@ class _Run:
         self.resume.offer(self._state)
 
     def _starts(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Signs z (N, a), R'w (N, b) and w (n, b) of this round, the same on every machine."""
+        """Signs z (N, a), R'w (N, b) and w (n, b) of this round, the same on every machine.
+
+        w is zero on the samples that are known already.
+        """
         generator = torch.Generator().manual_seed((self.work.seed * 1_000_003 + self.round) % 2**63)
         n, k = self.problem.n_samples, self.problem.n_columns
         device = self.problem.device
         z = (2.0 * torch.randint(0, 2, (n * k, a), generator=generator) - 1.0).double().to(device)
         w = (2.0 * torch.randint(0, 2, (n, b), generator=generator) - 1.0).double().to(device)
-        lifted = (self.v[:, :, None] * w[:, None, :]).flatten(0, 1)
-        return z, lifted, w
+        w[self.leading] = 0.0
+        return z, self._lifted(w), w
 
     def _space(self, start: Tensor, saved: State | None) -> BlockLanczos:
         against = self.deflated.vectors if len(self.deflated.values) else None
@@ -169,21 +199,14 @@ class _Run:
                 lanczos.restore(krylov)
         return lanczos
 
-    def _grow(self, lanczos: BlockLanczos, soft: slice, tic: slice) -> None:
-        """Until the truncation is a tenth of the tolerance, or no more fits."""
-        share = 0.1 * self.settings.tolerance
+    def _grow(self, lanczos: BlockLanczos, soft: slice, tic: slice, *, settle: int = 0) -> None:
+        """Until the truncation is a tenth of the tolerance, `settle` steps on, or no more fits."""
         while not lanczos.exhausted:
-            if lanczos.steps:
-                values, bounds = lanczos.quadratures()
-                if all(
-                    self._truncated(values[at], bounds[at], sums, exact) <= share
-                    for at, sums, exact in (
-                        (soft, self.soft, self._exact_soft()),
-                        (tic, self.tic, self._exact_tic()),
-                    )
-                ):
+            if self.settled or (lanczos.steps and self._converged(lanczos, soft, tic)):
+                if self.settled == settle or lanczos.full:
                     return
-            if lanczos.full:
+                self.settled += 1
+            elif lanczos.full:
                 self._note(
                     f"the Krylov space reached {lanczos.size} columns before its truncation was"
                     " below tolerance"
@@ -194,8 +217,16 @@ class _Run:
             self.resume.offer(partial(_joined, self._state(), krylov))
             self._tick()
 
+    def _converged(self, lanczos: BlockLanczos, soft: slice, tic: slice) -> bool:
+        values, bounds = lanczos.quadratures()
+        share = 0.1 * self.settings.tolerance
+        return all(
+            self._truncated(values[at], bounds[at], exact) <= share
+            for at, exact in ((soft, self.exact_soft), (tic, self.exact_tic))
+        )
+
     @staticmethod
-    def _truncated(values: Tensor, bounds: Tensor, sums: ProbeSums, exact: Tensor) -> float:
+    def _truncated(values: Tensor, bounds: Tensor, exact: Tensor) -> float:
         """The mean bound of these columns relative to the trace as known so far."""
         if not len(values):
             return 0.0
@@ -222,6 +253,10 @@ class _Run:
             inside = signs_n * self._down(images[:, a:])
             self.tic.add(values[a:] + across.sum(dim=0), bounds[a:], inside + across, coupling[a:])
 
+    def _lifted(self, w: Tensor) -> Tensor:
+        """R'w (N, m) for w (n, m)."""
+        return (self.v[:, :, None] * w[:, None, :]).flatten(0, 1)
+
     def _down(self, u: Tensor) -> Tensor:
         """R u (n, m) for u (N, m)."""
         n, k = self.v.shape
@@ -233,7 +268,8 @@ class _Run:
         """How many more probes of this kind its error asks for."""
         have = int(sums.count)
         if not have:
-            return self.settings.further
+            # For TIC half as many are nearly always enough.
+            return self.settings.further // (1 if sums is self.soft else 2)
         trace = self._trace(sums)
         if trace.value <= 0:
             return 0
@@ -249,35 +285,25 @@ class _Run:
 
     def _tick(self) -> None:
         done = self.operator.applications
-        if not self.round:  # before anything is known: 20 steps, then as many probes
-            self.work.tick(done, max(done, 40 * (2 * self.settings.first + 1)))
+        if not self.round:  # before anything is known: ten steps, then half as many products
+            self.work.tick(done, max(done, 15 * (2 * self.settings.first + 1)))
             return
-        # The complement's spectrum ends where V's begins: about ten steps a probe.
-        left = 10 * (self._missing(self.soft) + self._missing(self.tic))
+        # The complement's spectrum ends where V's begins: six steps a probe, or fewer.
+        left = 6 * (self._missing(self.soft) + self._missing(self.tic))
         self.work.tick(done, done + left)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
-    # --- the parts known exactly ----------------------------------------------------------------
-
-    def _exact_soft(self) -> Tensor:
-        """Per sample (n,): the free directions' leverage and that of the deflated ones."""
-        rows = self.deflated.vectors.square() @ _f(self.deflated.values)
-        return self.operator.free.leverage + rows.view(self.problem.n_samples, -1).sum(dim=1)
-
-    def _exact_tic(self) -> Tensor:
-        """The same with v_i' in front: |v_i'Q0_i|^2 + sum_l f(x_l) (v_i'V_il)^2."""
-        down = self._down(self.deflated.vectors)
-        return self.operator.free.tic + down.square() @ _f(self.deflated.values)
+    # --- results -------------------------------------------------------------------------------
 
     def _trace(self, sums: ProbeSums) -> Trace:
         ratio = self.deflated.ratio
         if sums is self.soft:
-            return sums.trace(self._exact_soft(), self.deflated.within(), ratio)
-        within = self.deflated.within(self._down(self.deflated.vectors))
-        return sums.trace(self._exact_tic(), within, ratio)
+            return sums.trace(self.exact_soft, self.deflated.within(), ratio)
+        found = sums.trace(self.exact_tic, self.deflated.within(self.unknown), ratio)
+        return replace(found, truncation=found.truncation + float(self.led_bounds.sum()) / 2.0)
 
     def _traces(self) -> CurvatureTraces:
         values = self.deflated.values
@@ -311,10 +337,13 @@ class _Run:
     def _state(self) -> State:
         state = {
             "round": torch.tensor(self.round),
+            "settled": torch.tensor(self.settled),
             "nodes": self.nodes,
             "weights": self.weights,
             "energy": self.energy,
             "trace_ggn": self.trace_ggn,
+            "led": self.led.clone(),
+            "led_bounds": self.led_bounds,
             "applications": torch.tensor(self.operator.applications),
         }
         state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
@@ -328,11 +357,11 @@ class _Run:
         if saved is None:
             return None
         device = self.problem.device
-        self.round = int(saved["round"])
-        for name in ("nodes", "weights", "energy", "trace_ggn"):
+        self.round, self.settled = int(saved["round"]), int(saved["settled"])
+        for name in ("nodes", "weights", "energy", "trace_ggn", "led", "led_bounds"):
             setattr(self, name, saved[name].to(device))
-        self.deflated = Deflation.restored(
-            {k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES}
+        self._deflate(
+            Deflation.restored({k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES})
         )
         self.operator.applications = int(saved["applications"])
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
