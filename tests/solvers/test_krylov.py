@@ -91,6 +91,19 @@ def test_deflated_space_stays_orthogonal():
     assert float((vectors.T @ lanczos.basis).abs().max()) < 1e-12
 
 
+def test_nearly_dependent_starts_stay_orthogonal():
+    """What is left of one beside the other is cleaned again: it cancelled almost entirely."""
+    k, z = matrix(), starts(3)
+    vectors = torch.linalg.eigh(k).eigenvectors[:, -5:]
+    z[:, 1] = z[:, 0] + 1e-7 * z[:, 1]
+    lanczos = BlockLanczos(lambda v: k @ v, z, against=vectors, capacity=N)
+    for _ in range(5):
+        lanczos.extend()
+    basis = lanczos.basis
+    assert float((vectors.T @ basis).abs().max()) < 1e-13
+    assert float((basis.T @ basis - torch.eye(15).double()).abs().max()) < 1e-13
+
+
 def test_capacity_is_kept():
     """And the bound still counts what did not fit."""
     k, z = matrix(), starts(4)

@@ -123,6 +123,33 @@ def test_lanczos_is_within_a_percent():
         assert found.tic.value == pytest.approx(tic, rel=0.01)
 
 
+def test_samples_that_carry_tic_are_known():
+    """Theirs is known by quadrature; that of the others has the probes' noise."""
+    built, exact, _, _ = medium()
+    v = built.problem.factor.residual
+    wanted = estimates.tic(exact, v)
+    found = coarse().solve(built.problem, built.penalty, Work(seed=2)).tic
+    size = v.square().sum(dim=1)
+    off = (found.rough - wanted).abs() / wanted
+    known = size.argsort(descending=True)[:2]
+    assert float(off[known].max()) <= found.truncation / float(wanted[known].sum())
+    assert float(off[known].max()) < 0.01
+    rest = torch.ones(len(off), dtype=torch.bool)
+    rest[known] = False
+    assert float(off[rest].median()) > 0.01
+    assert abs(found.value - float(wanted.sum())) <= 3 * found.monte_carlo_se + found.truncation
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_lanczos_of_a_few_samples(n):
+    """Half of them at most are known beforehand: the probes have something left, if only one."""
+    case = Case("few", MEDIUM.model, lambda: torch.randn(n, 30), lambda: torch.randint(0, 10, (n,)))
+    built, exact = exact_of(case)
+    found = Lanczos().solve(built.problem, built.penalty, Work())
+    assert found.soft_rank.value == pytest.approx(float(exact.leverage.sum()), rel=1e-8)
+    assert found.tic.value == pytest.approx(float(exact.tic.sum()), rel=1e-8)
+
+
 def test_spread_over_samples_is_debiased():
     """sd(l + psi) from noisy contributions is near that of the exact ones."""
     built, exact, _, _ = medium()
@@ -368,7 +395,7 @@ class Interrupts:
 
 
 @solvers
-@pytest.mark.parametrize("after", [1, 4, 8])
+@pytest.mark.parametrize("after", [1, 4, 8, 23, 24])  # at 23 and 24 lanczos settles
 def test_interrupted_run_resumes_where_it_was(name, after, tmp_path):
     built, _, _, _ = medium()
     solver = SETTINGS[name]
