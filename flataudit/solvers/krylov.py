@@ -21,9 +21,7 @@ from torch import Tensor
 from flataudit.errors import NumericalError
 
 DEPENDENT = 1e-10  # a direction this small beside the operator's norm is rounding error
-CANCELLED = (
-    1e-2  # one this small beside the block's largest holds the basis to 1e-14 and is cleaned
-)
+CANCELLED = 1e-2  # below this beside the block's largest it holds 1e-14 of the basis: cleaned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
