@@ -98,7 +98,7 @@ class _Run:
         self.energy, self.trace_ggn = empty.new_zeros(()), empty.new_zeros(())
         size = self.v.square().sum(dim=1)
         self.leading = size.argsort(descending=True, stable=True)[: min(settings.first, n // 2)]
-        self.led, self.led_bounds = empty.new_zeros(n), empty.clone()
+        self.known_tic, self.known_bounds = empty.new_zeros(n), empty.clone()
         self._deflate(Deflation.none(empty.new_zeros(n_rows)))
         self.round = self.settled = 0
         self.notes: list[str] = []
@@ -135,7 +135,8 @@ class _Run:
         self._grow(lanczos, slice(0, m), known, settle=self.settings.settle)
         self.settled = 0
         values, bounds = lanczos.quadratures()
-        self.led[self.leading], self.led_bounds = values[known] - bounds[known] / 2.0, bounds[known]
+        self.known_tic[self.leading] = values[known] - bounds[known] / 2.0
+        self.known_bounds = bounds[known]
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
         keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
@@ -158,8 +159,8 @@ class _Run:
         self.exact_soft = rows.view(self.problem.n_samples, -1).sum(dim=1)
         self.exact_soft += self.operator.free.leverage
         # The samples that are known have all of theirs already.
-        self.unknown = self._down(deflation.vectors).index_fill(0, self.leading, 0.0)
-        self.exact_tic = self.operator.free.tic + self.led + self.unknown.square() @ f
+        self.others = self._down(deflation.vectors).index_fill(0, self.leading, 0.0)
+        self.exact_tic = self.operator.free.tic + self.known_tic + self.others.square() @ f
 
     def _further(self, saved: State | None) -> None:
         """Another block of probes in the complement of V."""
@@ -302,8 +303,8 @@ class _Run:
         ratio = self.deflated.ratio
         if sums is self.soft:
             return sums.trace(self.exact_soft, self.deflated.within(), ratio)
-        found = sums.trace(self.exact_tic, self.deflated.within(self.unknown), ratio)
-        return replace(found, truncation=found.truncation + float(self.led_bounds.sum()) / 2.0)
+        found = sums.trace(self.exact_tic, self.deflated.within(self.others), ratio)
+        return replace(found, truncation=found.truncation + float(self.known_bounds.sum()) / 2.0)
 
     def _traces(self) -> CurvatureTraces:
         values = self.deflated.values
@@ -342,8 +343,8 @@ class _Run:
             "weights": self.weights,
             "energy": self.energy,
             "trace_ggn": self.trace_ggn,
-            "led": self.led.clone(),
-            "led_bounds": self.led_bounds,
+            "known_tic": self.known_tic.clone(),
+            "known_bounds": self.known_bounds,
             "applications": torch.tensor(self.operator.applications),
         }
         state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
@@ -358,7 +359,7 @@ class _Run:
             return None
         device = self.problem.device
         self.round, self.settled = int(saved["round"]), int(saved["settled"])
-        for name in ("nodes", "weights", "energy", "trace_ggn", "led", "led_bounds"):
+        for name in ("nodes", "weights", "energy", "trace_ggn", "known_tic", "known_bounds"):
             setattr(self, name, saved[name].to(device))
         self._deflate(
             Deflation.restored({k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES})
