@@ -54,6 +54,15 @@ class Deflation:
         self.inner += (self.block.T @ left) @ (z.T @ self.block)
         self.count += z.shape[1]
 
+    def excess(self, residuals: Tensor, z: Tensor, left: Tensor) -> Tensor:
+        """tr(R'B R) as each probe z (N, m) tells it, from L P z: (m,).
+
+        By that much quadratures of the same space with the residuals Q R, R (w, t), are too large;
+        they are by tr(R'B (I - M D^-1 M'B)^-1 R), whose next order is smaller by `ratio`.
+        """
+        there, here = (residuals.T @ (self.block.T @ u) for u in (left, z))
+        return (there * here).sum(dim=0)
+
     def across(self, left: Tensor) -> Tensor:
         """V D^-1 M'Q'L P z (N, m) from L P z: the first order, within V."""
         return self.vectors @ (self._weighted.T @ (self.block.T @ left))

@@ -131,9 +131,16 @@ class BlockLanczos:
         values = self.start.square().sum(dim=0) - (self.start * solution[: len(self.start)]).sum(
             dim=0
         )
+        return values, self._beyond(solution).square().sum(dim=0)
+
+    def residuals(self) -> Tensor:
+        """R (w, m) of the residuals r = Q_next R."""
+        return self._beyond(self.solved())
+
+    def _beyond(self, solution: Tensor) -> Tensor:
         width = self.coupling.shape[1]
-        left = self.coupling @ solution[self.size - width :]
-        return values, left.square().sum(dim=0)
+        found: Tensor = self.coupling @ solution[self.size - width :]
+        return found
 
     def ritz(self) -> Ritz:
         """Eigenvalues and vectors of T, with their residuals."""

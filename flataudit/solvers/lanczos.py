@@ -21,7 +21,8 @@ directions were summed).
 
 Two errors are kept apart: the probes' standard error (`flataudit.solvers.probes`) and the
 quadrature's truncation. A quadrature is too large, by no more than a bound: half of it is taken
-off, and half is the truncation.
+off, and half is the truncation. What those of the known samples are too large by is estimated
+instead, by the same probes: their space may be full before they have converged.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class _Run:
         self.energy, self.trace_ggn = empty.new_zeros(()), empty.new_zeros(())
         size = self.v.square().sum(dim=1)
         self.leading = size.argsort(descending=True, stable=True)[: min(settings.first, n // 2)]
-        self.known_tic, self.known_bounds = empty.new_zeros(n), empty.clone()
+        self.known_tic, self.residuals = empty.new_zeros(n), empty.new_zeros(0, len(self.leading))
+        self.excess = empty.new_zeros(2)
         self._deflate(Deflation.none(empty.new_zeros(n_rows)))
         self.round = self.settled = 0
         self.notes: list[str] = []
@@ -134,9 +136,8 @@ class _Run:
         known = slice(m, m + leading)
         self._grow(lanczos, slice(0, m), known, settle=self.settings.settle)
         self.settled = 0
-        values, bounds = lanczos.quadratures()
-        self.known_tic[self.leading] = values[known] - bounds[known] / 2.0
-        self.known_bounds = bounds[known]
+        self.known_tic[self.leading] = lanczos.quadratures()[0][known]
+        self.residuals = lanczos.residuals()[:, known]
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
         keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
@@ -208,10 +209,11 @@ class _Run:
                     return
                 self.settled += 1
             elif lanczos.full:
-                self._note(
-                    f"the Krylov space reached {lanczos.size} columns before its truncation was"
-                    " below tolerance"
-                )
+                if self.round:  # no probe of the first block counts
+                    self._note(
+                        f"the Krylov space reached {lanczos.size} columns before its truncation"
+                        " was below tolerance"
+                    )
                 return
             lanczos.extend()
             krylov = {f"krylov.{k}": t for k, t in lanczos.state().items()}
@@ -246,6 +248,8 @@ class _Run:
         coupling = self.deflated.beyond(left)
         if a:
             self.deflated.probe(signs, left[:, :a])
+            excess = self.deflated.excess(self.residuals, signs, left[:, :a])
+            self.excess += torch.stack([excess.sum(), excess.square().sum()])
             self.soft.add(values[:a], bounds[:a], signs * images[:, :a], coupling[:a])
             self.nodes = torch.cat([self.nodes, ritz.values])
             self.weights = torch.cat([self.weights, weights[:, :a].sum(dim=1)])
@@ -274,11 +278,13 @@ class _Run:
         trace = self._trace(sums)
         if trace.value <= 0:
             return 0
-        allowed = self.settings.tolerance * trace.value - trace.truncation
-        # A truncation that cannot be helped leaves at least half of the tolerance to the probes.
-        allowed = max(allowed, 0.5 * self.settings.tolerance * trace.value)
-        allowed /= CONFIDENCE * sums.widening
-        needed = math.ceil(sums.variance / allowed**2)
+        allowed = self.settings.tolerance * trace.value
+        own = sums.widening**2 * sums.variance
+        others = trace.monte_carlo_se**2 - own / have
+        left = max(allowed - trace.truncation, 0.0) / CONFIDENCE
+        # What these probes cannot help leaves them at least half of the tolerance.
+        room = max(left**2 - others, (0.5 * allowed / CONFIDENCE) ** 2)
+        needed = math.ceil(own / room)
         return max(0, min(needed, self.settings.max_probes) - have)
 
     def _done(self) -> bool:
@@ -304,7 +310,26 @@ class _Run:
         if sums is self.soft:
             return sums.trace(self.exact_soft, self.deflated.within(), ratio)
         found = sums.trace(self.exact_tic, self.deflated.within(self.others), ratio)
-        return replace(found, truncation=found.truncation + float(self.known_bounds.sum()) / 2.0)
+        return self._less_excess(found)
+
+    def _less_excess(self, tic: Trace) -> Trace:
+        """TIC without what the quadratures of the known samples are too large by, where probes of
+        the soft rank have told it; else without half of its bound."""
+        bounds = self.residuals.square().sum(dim=0)
+        bound, m = float(bounds.sum()), float(self.soft.count)
+        if not bound or not m:
+            half = bound / 2.0
+            return replace(tic, value=tic.value - half, truncation=tic.truncation + half)
+        mean, square = (float(t) / m for t in self.excess)
+        excess, ratio = min(max(mean, 0.0), bound), min(self.deflated.ratio, 0.5)
+        se = self.soft.widening * math.sqrt(max(square - mean**2, 0.0) / (m - 1.0))
+        return replace(
+            tic,
+            value=tic.value - excess,
+            monte_carlo_se=math.hypot(tic.monte_carlo_se, se),
+            truncation=tic.truncation + ratio / (1.0 - ratio) * excess,
+            rough=tic.rough.index_add(0, self.leading, bounds, alpha=-excess / bound),
+        )
 
     def _traces(self) -> CurvatureTraces:
         values = self.deflated.values
@@ -344,7 +369,8 @@ class _Run:
             "energy": self.energy,
             "trace_ggn": self.trace_ggn,
             "known_tic": self.known_tic.clone(),
-            "known_bounds": self.known_bounds,
+            "residuals": self.residuals,
+            "excess": self.excess.clone(),
             "applications": torch.tensor(self.operator.applications),
         }
         state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
@@ -359,7 +385,7 @@ class _Run:
             return None
         device = self.problem.device
         self.round, self.settled = int(saved["round"]), int(saved["settled"])
-        for name in ("nodes", "weights", "energy", "trace_ggn", "known_tic", "known_bounds"):
+        for name in ("nodes", "weights", "energy", "trace_ggn", "known_tic", "residuals", "excess"):
             setattr(self, name, saved[name].to(device))
         self._deflate(
             Deflation.restored({k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES})
