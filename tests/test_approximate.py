@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -40,13 +41,19 @@ def exact():
     return audit(network(), (X, Y), penalty=PENALTY, solver="dual")
 
 
+@pytest.fixture(scope="module")
+def approximate():
+    """The same audit by a matrix-free solver, made once."""
+    return cache(lambda solver: audit(network(), (X, Y), penalty=PENALTY, solver=solver))
+
+
 def codes(report) -> dict[str, str]:
     return {w.code: w.severity for w in report.warnings}
 
 
 @pytest.mark.parametrize("solver", ["lanczos", "sampling"])
-def test_estimates_and_labels(solver, exact):
-    report = audit(network(), (X, Y), penalty=PENALTY, solver=solver)
+def test_estimates_and_labels(solver, exact, approximate):
+    report = approximate(solver)
     assert report.solver.name == solver
     assert report.solver.exact is False
     assert codes(report)["approximate_solver"] == "info"
@@ -71,8 +78,8 @@ def test_estimates_and_labels(solver, exact):
     assert found["estimates"]["tic"]["monte_carlo_se"] == tic.monte_carlo_se
 
 
-def test_lanczos_knows_no_sample_by_itself():
-    report = audit(network(), (X, Y), penalty=PENALTY, solver="lanczos")
+def test_lanczos_knows_no_sample_by_itself(approximate):
+    report = approximate("lanczos")
     assert report.estimates.loo is None
     assert report.premise is None
     assert report.calibration.evidence == "train"
@@ -103,8 +110,8 @@ def test_lanczos_with_heldout_data_judges_and_recalibrates(exact):
     assert wanted.estimates.soft_rank_recalibrated.scale != found.scale
 
 
-def test_sampling_gives_what_an_exact_solver_gives(exact):
-    report = audit(network(), (X, Y), penalty=PENALTY, solver="sampling")
+def test_sampling_gives_what_an_exact_solver_gives(exact, approximate):
+    report = approximate("sampling")
     assert report.calibration.evidence == "loo"
     assert report.gap.estimator == exact.gap.estimator
     assert report.estimates.loo.gap == pytest.approx(exact.estimates.loo.gap, rel=0.06)
@@ -119,8 +126,8 @@ def test_sampling_gives_what_an_exact_solver_gives(exact):
 
 
 @pytest.mark.parametrize("solver", ["lanczos", "sampling"])
-def test_page_and_terminal(solver):
-    report = audit(network(), (X, Y), penalty=PENALTY, solver=solver)
+def test_page_and_terminal(solver, approximate):
+    report = approximate(solver)
     shown = report.to_dict()
     page = html.render(shown, dict(report.display))
     assert "nan" not in page.lower().replace("nanosecond", "")
