@@ -172,6 +172,11 @@ STORES = [
     "postgresql",
     pytest.param("http", marks=pytest.mark.slow),
 ]
+# For tests to which a store is where things stand, not what they are about.
+EMBEDDED = [
+    "sqlite",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("postgresql", "http")),
+]
 
 
 @contextmanager

@@ -31,6 +31,13 @@ START = 180  # seconds; a busy machine needs most of a minute to make MLflow's t
 BACKENDS = ("sqlite", "postgresql")
 
 
+def program(name: str) -> str | None:
+    """A program of PostgreSQL, which Debian keeps off the path, one folder per version."""
+    found = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
+    newest = max(found, key=lambda path: int(path.parts[4].split(".")[0]), default=None)
+    return shutil.which(name) if newest is None else str(newest)
+
+
 def missing_postgresql() -> str | None:
     """What keeps PostgreSQL from being started here; None where nothing does."""
     if program("postgres") is None or program("initdb") is None:
@@ -158,7 +165,15 @@ def postgresql_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=BACKENDS)
+# MLflow's servers that tests run against: on PostgreSQL, as people have it; on sqlite slowly, as a
+# cross-check, and in its place where there is none.
+SERVED = [
+    "postgresql",
+    pytest.param("sqlite", marks=() if missing_postgresql() else pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=SERVED)
 def mlflow_url(request: pytest.FixtureRequest) -> str:
     """The URL of a server; the test runs once with each kind of database."""
     return str(request.getfixturevalue(f"{request.param}_url"))
@@ -199,13 +214,6 @@ def _wait(process: subprocess.Popen[bytes], ready: Any, log: Path) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def program(name: str) -> str | None:
-    """A program of PostgreSQL, which Debian keeps off the path, one folder per version."""
-    found = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
-    newest = max(found, key=lambda path: int(path.parts[4].split(".")[0]), default=None)
-    return shutil.which(name) if newest is None else str(newest)
 
 
 def _other_user() -> Mapping[str, Any]:

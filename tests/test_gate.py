@@ -1,6 +1,7 @@
 """The gate against real stores: what it reads, what it records, what it sets.
 
-Every test runs on each store of `tests.audited_store.STORES`.
+What is read from a store and written there runs on each of `tests.audited_store.STORES`; the rest
+on the embedded one, and on the others slowly.
 """
 
 import json
@@ -27,6 +28,7 @@ from flataudit.models.registry import load_model, resolve
 from flataudit.policy import parse_policy
 from flataudit.tracking import log_error
 from tests.audited_store import (
+    EMBEDDED,
     STORES,
     backdate,
     gate_in_child,
@@ -44,7 +46,10 @@ POLICY = parse_policy("max_gap: 0.1\nmax_age_days: 30\nbaseline: champion\nmax_r
 GOOD, BAD = make_report(gap=0.05), make_report(gap=0.5)
 
 
-@pytest.fixture(scope="module", params=STORES)
+each_store = pytest.mark.parametrize("store_uri", STORES, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=EMBEDDED)
 def store_uri(request):
     with store_of(request) as uri:
         yield uri
@@ -99,6 +104,7 @@ def with_mode(mode):
 # --- what it decides on -------------------------------------------------------------------------
 
 
+@each_store
 def test_a_pass_sets_the_alias_and_is_recorded(client, name, alias_of):
     source = register(name)
     audit_run = log_report(source, GOOD)
@@ -131,6 +137,7 @@ def test_the_json_is_the_contract_s(name):
     assert found["policy"]["sha256"] == POLICY.sha256
 
 
+@each_store
 def test_a_refusal_leaves_the_alias_and_is_recorded(client, name, alias_of):
     first, second = register(name), register(name)
     log_report(first, GOOD)
@@ -153,6 +160,7 @@ def test_without_an_alias_nothing_is_set(name, alias_of):
     assert alias_of(name) is None
 
 
+@each_store
 def test_only_the_latest_audit_counts(name):
     source = register(name)
     log_report(source, BAD)
@@ -204,6 +212,7 @@ def test_mlflow_2_models_by_name_version_and_files(client, name, tmp_path):
     assert run_gate(first.uri, POLICY).exit_code == 2
 
 
+@each_store
 @pytest.mark.parametrize("form", ["models:/{name}/1", "models:/{name}@now", "models:/{model_id}"])
 def test_every_form_of_a_uri_finds_the_audit(client, name, form):
     source = register(name)
@@ -304,6 +313,7 @@ def test_disabled_checks_nothing_and_sets_nothing(client, name, alias_of):
     assert client.get_run(decision.gate_run_id).data.tags[keys.GATE] == "disabled"
 
 
+@each_store
 def test_an_override_is_never_a_silent_pass(client, name, alias_of):
     source = register(name)
     log_report(source, BAD)
@@ -377,6 +387,7 @@ def test_an_alias_needs_a_registered_version(name):
 # --- the alias ----------------------------------------------------------------------------------
 
 
+@each_store
 def test_no_record_no_alias(monkeypatch, name, alias_of):
     source = register(name)
     log_report(source, GOOD)
@@ -393,6 +404,7 @@ def _raise(*_, **__):
     raise OSError("disk full")
 
 
+@each_store
 def test_a_gate_that_broke_off_holds_up_nobody(monkeypatch, name, alias_of):
     source = register(name)
     log_report(source, GOOD)
@@ -403,6 +415,7 @@ def test_a_gate_that_broke_off_holds_up_nobody(monkeypatch, name, alias_of):
     assert run_gate(source.uri, POLICY, alias="champion").alias["waited_for"] == 0
 
 
+@each_store
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
@@ -431,6 +444,7 @@ def test_what_fails_after_the_alias_is_set_says_that_it_is(
     assert alias_of(name) == "1"
 
 
+@each_store
 def test_a_lost_answer_is_no_lost_alias(monkeypatch, client, name, alias_of):
     """The store sets the alias, and the connection breaks before it says so."""
     source = register(name)
@@ -447,6 +461,7 @@ def test_a_lost_answer_is_no_lost_alias(monkeypatch, client, name, alias_of):
     assert recorded(client, decision.gate_run_id) == decision.to_dict()
 
 
+@each_store
 def test_an_alias_that_cannot_be_set(monkeypatch, client, name, alias_of):
     first, second = register(name), register(name)
     for source in (first, second):
@@ -462,6 +477,7 @@ def test_an_alias_that_cannot_be_set(monkeypatch, client, name, alias_of):
     assert alias_of(name) == "1"
 
 
+@each_store
 def test_who_loses_the_alias_at_once_says_so(monkeypatch, client, name):
     """Someone who takes no turns, such as a person in the UI, between writing and reading."""
     first, second = register(name), register(name)
@@ -480,6 +496,7 @@ def test_who_loses_the_alias_at_once_says_so(monkeypatch, client, name):
     assert recorded(client, run.info.run_id)["alias_set"] is False
 
 
+@each_store
 def test_other_grounds_at_the_last_moment_are_decided_on_again(monkeypatch, client, name, alias_of):
     """The champion moves, or the model is audited again, while the decision is written down."""
     first, second = register(name), register(name)
@@ -504,6 +521,7 @@ def test_other_grounds_at_the_last_moment_are_decided_on_again(monkeypatch, clie
     assert run_gate(first.uri, POLICY, alias="best").exit_code == 1
 
 
+@each_store
 def test_a_gate_waits_for_the_one_ahead_and_then_meets_its_champion(client, name, alias_of):
     first, second = register(name), register(name)
     log_report(first, make_report(gap=0.01))
@@ -527,6 +545,7 @@ def test_a_gate_waits_for_the_one_ahead_and_then_meets_its_champion(client, name
     assert alias_of(name) == "1"
 
 
+@each_store
 @pytest.mark.parametrize("ticket", ["1", None], ids=["ticket", "undecided"])
 def test_a_gate_that_died_is_given_up(monkeypatch, client, name, alias_of, ticket):
     monkeypatch.setattr(turns, "PATIENCE", 0.3)
@@ -542,6 +561,7 @@ def test_a_gate_that_died_is_given_up(monkeypatch, client, name, alias_of, ticke
     assert run.data.tags[keys.GATE_STATE].startswith("given up by ")
 
 
+@each_store
 def test_who_was_given_up_sets_nothing(monkeypatch, client, name, alias_of):
     source = register(name)
     log_report(source, GOOD)
@@ -557,6 +577,7 @@ def test_who_was_given_up_sets_nothing(monkeypatch, client, name, alias_of):
     assert alias_of(name) is None
 
 
+@each_store
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all-good", "each-must-be-better"])
 def test_fifty_gates_at_once(store, client, alias_of, kind):

@@ -18,12 +18,12 @@ from flataudit.training import parse_training
 from flataudit.versions import BEGIN, DESCRIPTION_LIMIT, END, merge_description
 from tests.mlflow_store import make_store
 from tests.mlflow_store import tracking as pointed_at
-from tests.servers import BACKENDS
+from tests.servers import SERVED
 
 OPTIONS = {"train": "mlflow", "heldout": None, "penalty": 0.1, "tracking_uri": "http://me:pw@host"}
 
 
-@pytest.fixture(params=["embedded", *BACKENDS])
+@pytest.fixture(params=["embedded", *SERVED])
 def store(request):
     """The embedded store, and MLflow's server with each kind of database behind it."""
     embedded = request.param == "embedded"
