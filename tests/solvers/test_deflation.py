@@ -12,21 +12,30 @@ N = 80
 EYE = torch.eye(N).double()
 
 
-def half_converged(steps: int):
-    """A dense K, and the Ritz vectors of a Krylov space that has not ended."""
+def unfinished(steps: int) -> tuple[torch.Tensor, torch.Tensor, BlockLanczos]:
+    """A dense K, a start, and the Krylov space of both that has not ended."""
     generator = torch.Generator().manual_seed(0)
     q = torch.linalg.qr(torch.randn(N, N, generator=generator).double()).Q
     k = q @ torch.diag(100.0 * torch.arange(1, N + 1).double() ** -1.5) @ q.T
-    lanczos = BlockLanczos(
-        lambda v: k @ v, torch.randn(N, 4, generator=generator).double(), capacity=N
-    )
+    z = torch.randn(N, 4, generator=generator).double()
+    lanczos = BlockLanczos(lambda v: k @ v, z, capacity=N)
     for _ in range(steps):
         lanczos.extend()
+    return k, z, lanczos
+
+
+def deflation(lanczos: BlockLanczos) -> Deflation:
+    """Of the Ritz vectors that are nearly converged."""
     ritz = lanczos.ritz()
     keep = ritz.residuals <= 0.3 * (1.0 + ritz.values).sqrt()
     assert float(ritz.residuals[keep].max()) > 0.01
     vectors = lanczos.basis @ ritz.vectors[:, keep]
-    return k, Deflation(vectors, ritz.values[keep], lanczos.following, ritz.outside[:, keep])
+    return Deflation(vectors, ritz.values[keep], lanczos.following, ritz.outside[:, keep])
+
+
+def half_converged(steps: int) -> tuple[torch.Tensor, Deflation]:
+    k, _, lanczos = unfinished(steps)
+    return k, deflation(lanczos)
 
 
 def test_what_deflation_says_of_the_operator():
@@ -70,6 +79,22 @@ def test_traces(steps, quantity):
     allowed = found.ratio / (1.0 - found.ratio) * (abs(across) + beyond + within)
     assert abs(corrected - exact) <= allowed
     assert abs(corrected - exact) < 0.2 * abs(plain - exact)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_excess_of_quadratures_that_have_not_converged(steps):
+    """Of the start's own columns: far below the bound, and known to the next order."""
+    k, start, lanczos = unfinished(steps)
+    found = deflation(lanczos)
+    p = EYE - found.vectors @ found.vectors.T
+    values, bounds = lanczos.quadratures()
+    exact = (start * (start - torch.linalg.solve(EYE + k, start))).sum(dim=0)
+    excess = float((values - exact).sum())
+    z = EYE * N**0.5
+    told = found.excess(lanczos.residuals(), z, torch.linalg.inv(EYE + p @ k @ p) @ p @ z)
+    assert excess > 1e-6
+    assert excess < 0.5 * float(bounds.sum())
+    assert 0.0 <= excess - float(told.mean()) <= found.ratio / (1.0 - found.ratio) * excess
 
 
 def test_no_directions():

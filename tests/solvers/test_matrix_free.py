@@ -14,6 +14,7 @@ from flataudit.checkpoint import FolderCheckpoint
 from flataudit.errors import InputError, NumericalError
 from flataudit.solvers import MATRIX_FREE, SOLVERS, Work
 from flataudit.solvers.lanczos import Lanczos
+from flataudit.solvers.lanczos import _Run as LanczosRun
 from flataudit.solvers.operator import CurvatureOperator
 from flataudit.solvers.refinement import largest_ratio
 from flataudit.solvers.resume import problem_key
@@ -186,6 +187,25 @@ def test_a_basis_too_small_is_said_and_counted():
     assert any("was asked for" in note for note in found.notes)
     stated = 3 * found.soft_rank.monte_carlo_se + found.soft_rank.truncation
     assert abs(found.soft_rank.value - rank) <= stated
+
+
+def test_known_samples_in_a_space_that_is_full():
+    """Their quadratures are too large by a small part of their bound, a fifth of TIC here."""
+    built, _, _, tic = medium()
+    solver = Lanczos(max_basis=240, first=20, further=8, tolerance=0.02)
+    inside = 0
+    for seed in range(12):
+        operator = CurvatureOperator(built.problem, built.penalty)
+        run = LanczosRun(solver, built.problem, operator, built.penalty, Work(seed=seed))
+        found = run.result().tic
+        bound = float(run.residuals.square().sum())
+        assert bound > 0.1 * tic
+        assert found.truncation < 0.05 * bound
+        stated = 1.96 * found.monte_carlo_se + found.truncation
+        assert stated <= 0.0201 * found.value
+        assert abs(float(found.rough.sum()) - found.value) < 0.05 * tic
+        inside += abs(found.value - tic) <= stated
+    assert inside >= binom.ppf(0.001, 12, 0.95)
 
 
 # --- sampling -------------------------------------------------------------------------------------
