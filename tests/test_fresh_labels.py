@@ -22,7 +22,7 @@ from flataudit.report import html, terminal, words
 from flataudit.results import UnseenLabels
 from flataudit.store import ensure_experiment
 from flataudit.tensors import sample_keys
-from tests.audited_store import pointed_at, store_of
+from tests.audited_store import EMBEDDED, pointed_at, store_of
 from tests.mlflow_store import REQUIREMENTS, toy_data, trained_net
 
 N_TRAIN = 80
@@ -30,9 +30,7 @@ RECORD = "optimizer=sgd,lr=0.5,steps=200,weight_decay=0.01,batch_size=80"
 names = itertools.count()
 
 
-@pytest.fixture(
-    scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=EMBEDDED)
 def store(request):
     with store_of(request) as uri, pointed_at(uri):
         yield uri

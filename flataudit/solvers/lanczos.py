@@ -313,13 +313,12 @@ class _Run:
         return self._less_excess(found)
 
     def _less_excess(self, tic: Trace) -> Trace:
-        """TIC without what the quadratures of the known samples are too large by, where probes of
-        the soft rank have told it; else without half of its bound."""
+        """TIC without what the quadratures of the known samples are too large by, which the probes
+        of the soft rank tell: they are there whenever those of TIC are."""
         bounds = self.residuals.square().sum(dim=0)
         bound, m = float(bounds.sum()), float(self.soft.count)
-        if not bound or not m:
-            half = bound / 2.0
-            return replace(tic, value=tic.value - half, truncation=tic.truncation + half)
+        if not bound:
+            return tic
         mean, square = (float(t) / m for t in self.excess)
         excess, ratio = min(max(mean, 0.0), bound), min(self.deflated.ratio, 0.5)
         se = self.soft.widening * math.sqrt(max(square - mean**2, 0.0) / (m - 1.0))

@@ -404,9 +404,7 @@ def flow_runs(api):
         return client.read_flow_runs(flow_run_filter=tagged)
 
 
-@pytest.mark.parametrize("kind", ["postgresql", pytest.param("sqlite", marks=pytest.mark.slow)])
-def test_a_new_version_is_audited_and_a_forged_one_is_not(run, server, request, tmp_path, kind):
-    mlflow_url = request.getfixturevalue(f"{kind}_url")
+def test_a_new_version_is_audited_and_a_forged_one_is_not(run, server, mlflow_url, tmp_path):
     store = make_store(mlflow_url)
     client = MlflowClient(mlflow_url)
     before = len(flow_runs(server))
