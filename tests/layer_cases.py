@@ -34,6 +34,20 @@ class SelfAttention(nn.Module):
         return self.head(self.attention(x, x, x)[0].mean(dim=1))
 
 
+class AttentionByHand(nn.Module):
+    """Query, key and value as layers of their own; the softmax does not see the keys' bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 2
+        x = self.norm(x + scores.softmax(dim=-1) @ self.value(x))
+        return self.head(x.mean(dim=1))
+
+
 class Encoder(nn.Module):
     """torch's own encoder stack with a final norm."""
 
@@ -301,6 +315,7 @@ LAYER_CASES = (
         layers=(),
     ),
     Case("multihead", SelfAttention, lambda: torch.randn(8, 3, 4), _labels),
+    Case("attention_by_hand", AttentionByHand, lambda: torch.randn(8, 5, 6), _labels),
     Case("transformer_encoder", Encoder, lambda: torch.randn(8, 3, 4), _labels),
     Case("text_classifier", TextClassifier, lambda: _ids(8), _labels),
     Case("text_by_name", TextClassifier, lambda: _text(8), _labels),

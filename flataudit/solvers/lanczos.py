@@ -128,10 +128,7 @@ class _Run:
         units = one_hot(self.leading, self.problem.n_samples).T
         start = torch.cat([signs, self._lifted(units), self.v.reshape(-1, 1)], dim=1)
         if saved is None and self.operator.tied:
-            pulled = self.operator.pull(signs)
-            self.trace_ggn = sum(
-                (t.square().sum() / m for t in pulled.values()), torch.zeros_like(self.trace_ggn)
-            )
+            self.trace_ggn = self.operator.pulled_squares(signs).mean()
         lanczos = self._space(start, saved)
         known = slice(m, m + leading)
         self._grow(lanczos, slice(0, m), known, settle=self.settings.settle)

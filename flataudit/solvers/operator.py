@@ -12,14 +12,14 @@ solver needs Pi K Pi v alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flataudit.curvature.problem import Problem
 from flataudit.solvers.free import free_bytes, free_directions, free_parameters
-from flataudit.solvers.passes import WORKING_BYTES, Passes, Tensors
+from flataudit.solvers.passes import VECTORS, Passes, Tensors, working_bytes
 
 
 class CurvatureOperator:
@@ -56,26 +56,48 @@ class CurvatureOperator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """Pi K Pi v, (N, m)."""
-        if not self.tied:
-            return torch.zeros_like(v)
-        pulled = self.pull(self.project(v))
-        for name, u in pulled.items():
-            u.mul_(self._inverse[name])
-        return self.project(self._passes.push(pulled))
+        out = torch.zeros_like(v)
+        if self.tied:
+            for part, to in zip(_groups(v), _groups(out), strict=True):
+                pulled = self.pull(self.project(part))
+                for name, u in pulled.items():
+                    u.mul_(self._inverse[name])
+                to.copy_(self.project(self._passes.push(pulled)))
+        return out
 
     def half(self, u: Mapping[str, Tensor]) -> Tensor:
         """Pi B1 D1^-1/2 u for u (m, *shape) by parameter: (N, m)."""
-        scaled = {name: t * self._inverse[name].sqrt() for name, t in u.items()}
-        return self.project(self._passes.push(scaled))
+        m = len(next(iter(u.values())))
+        parts = []
+        for first in range(0, m, VECTORS):
+            group = slice(first, first + VECTORS)
+            scaled = {name: t[group] * self._inverse[name].sqrt() for name, t in u.items()}
+            parts.append(self._passes.push(scaled))
+        return self.project(torch.cat(parts, dim=1))
 
     def pull(self, v: Tensor) -> Tensors:
         """B1'v for v (N, m): by parameter (m, *shape), float64."""
         self.applications += v.shape[1]
         return self._passes.pull(v)
 
+    def pulled_squares(self, v: Tensor) -> Tensor:
+        """|B1'v|^2 for each column of v (N, m): (m,); over random signs, tr(B1'B1) on average."""
+        parts = [
+            torch.stack([t.flatten(1).square().sum(dim=1) for t in self.pull(part).values()])
+            for part in _groups(v)
+        ]
+        return torch.cat(parts, dim=1).sum(dim=0)
+
+
+def _groups(v: Tensor) -> Sequence[Tensor]:
+    """The columns of v a few at a time, so that no more vectors of parameters are held."""
+    groups: Sequence[Tensor] = v.split(VECTORS, dim=1)
+    return groups
+
 
 def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> int:
     """Planned peak bytes of one product with m vectors, and of the free parameters' directions."""
     n_tied = problem.n_params - free_parameters(problem, penalty)
     vectors = 8 * problem.n_rows * 2 * m + free_bytes(problem, penalty, m)
-    return 3 * 8 * m * n_tied + vectors + 3 * max(WORKING_BYTES, 4 * 8 * m * n_tied)
+    together = min(m, VECTORS)
+    return 3 * 8 * together * n_tied + vectors + 3 * working_bytes(together, n_tied)

@@ -38,6 +38,7 @@ from flataudit.curvature.problem import Problem
 from flataudit.errors import NumericalError
 from flataudit.solvers.base import FunctionalVariance, Penalty, Work
 from flataudit.solvers.conjugate import block_cg
+from flataudit.solvers.free import free_parameters
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.refinement import Uncertainty, cheapest, largest_ratio, uncertainty
 from flataudit.solvers.resume import Resume, State
@@ -69,7 +70,8 @@ class Sampling:
         moments = 8 * 2 * (2 * GROUPS + 2) * problem.n_rows * problem.n_columns
         width = max(self.block, problem.n_columns) + 1
         vectors = 8 * 9 * problem.n_rows * width
-        return moments + vectors + operator_bytes(problem, penalty, width)
+        noise = 8 * self.block * (problem.n_params - free_parameters(problem, penalty))
+        return moments + vectors + noise + operator_bytes(problem, penalty, width)
 
     def solve(self, problem: Problem, penalty: Penalty, work: Work) -> FunctionalVariance:
         operator = CurvatureOperator(problem, penalty, dtype=self.dtype)
@@ -218,9 +220,7 @@ class _Run:
             right = operator.project(eps)
             if operator.tied:
                 if first:
-                    pulled = operator.pull(eps)
-                    self.trace_ggn = sum(float(t.square().sum()) for t in pulled.values()) / m
-                    del pulled
+                    self.trace_ggn = float(operator.pulled_squares(eps).mean())
                 noise = {name: normal(m, *problem.params[name].shape) for name in operator.tied}
                 right = right - operator.half(noise)
                 del noise
