@@ -139,7 +139,7 @@ def studied(part: str, case: str, value: float, given: argparse.Namespace) -> li
     wanted = {name: measure(exact).gap for name, measure in measures.items()}
     make: Callable[[], object] = lambda: CurvatureOperator(problem, penalty)  # noqa: E731
     if given.operator == "matrix":
-        dense = _Dense.of(problem, value, rooted=part == "sampling")
+        dense = DenseOperator.of(problem, value, rooted=part == "sampling")
         make = dense.again
     module = by_lanczos if part == "accuracy" else by_sampling
     solver = MATRIX_FREE["lanczos" if part == "accuracy" else "sampling"]
@@ -194,7 +194,7 @@ def _summary(runs: list[dict], names: list[str]) -> dict[str, object]:  # type: 
     return row
 
 
-class _Dense:
+class DenseOperator:
     """The operator's interface over a matrix that is already there, without free parameters."""
 
     def __init__(self, problem, matrix, root) -> None:  # type: ignore[no-untyped-def]
@@ -221,8 +221,8 @@ class _Dense:
         nudged.diagonal().add_(1e-9 * float(matrix.diagonal().mean()))
         return cls(problem, matrix, torch.linalg.cholesky(nudged))
 
-    def again(self) -> _Dense:
-        return _Dense(self.problem, self.matrix, self.root)
+    def again(self) -> DenseOperator:
+        return DenseOperator(self.problem, self.matrix, self.root)
 
     def project(self, v):  # type: ignore[no-untyped-def]
         return v
@@ -233,8 +233,8 @@ class _Dense:
         noise = torch.cat([u[name].flatten(1) for name in self.tied], dim=1)
         return self.root @ noise[:, : len(self.root)].T
 
-    def pull(self, v):  # type: ignore[no-untyped-def]
-        return {"nothing": v[:1] * 0.0}  # tr(G), which is not looked at here
+    def pulled_squares(self, v):  # type: ignore[no-untyped-def]
+        return v[0] * 0.0  # tr(G), which is not looked at here
 
     def __call__(self, v):  # type: ignore[no-untyped-def]
         self.applications += v.shape[1]

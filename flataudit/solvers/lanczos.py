@@ -5,15 +5,14 @@ With f(x) = x/(1 + x), K from `flataudit.solvers.operator` and R = blockdiag(v_i
     soft rank = rank(B0) + tr f(K) = rank(B0) + E z'f(K) z          z random signs (N,)
     n TIC gap = |Q0'R'|^2 + tr(R f(K) R') = ... + E w'R f(K) R'w     w random signs (n,)
 
-A first block starts from random signs z and from R'e_i for the samples i of the largest |v_i|: the
-few that a fitted model gets wrong carry most of TIC and nearly all of its variance over probes
-(sum of (v_i'f(K)_ij v_j)^2 over i /= j), and theirs is thus known by quadrature, without a probe.
-It also finds the largest eigenvalues x_l and their vectors V (`flataudit.solvers.krylov`), which
-carry most of either trace and are summed exactly: tr f(K) = sum f(x_l) + E z'P f(K) P z with
-P = I - V V' (deflation as in Hutch++, Meyer et al. 2021). Fresh probes, in the complement of V
-where few steps suffice, and for TIC zero on the samples that are known, follow until the stated
-error is below the tolerance. The signs of the first block are not used again: V leans towards them,
-and their remainder is too small (by 3 standard errors in two of 21 trials).
+A first block starts from random signs z and from R'e_i for the samples i of the largest |v_i|,
+whose part of TIC is thus known by quadrature, without a probe (`flataudit.solvers.known`). It also
+finds the largest eigenvalues x_l and their vectors V (`flataudit.solvers.krylov`), which carry most
+of either trace and are summed exactly: tr f(K) = sum f(x_l) + E z'P f(K) P z with P = I - V V'
+(deflation as in Hutch++, Meyer et al. 2021). Fresh probes, in the complement of V where few steps
+suffice, and for TIC zero on the samples that are known, follow until the stated error is below the
+tolerance. The signs of the first block are not used again: V leans towards them, and their
+remainder is too small (by 3 standard errors in two of 21 trials).
 
 V is not quite invariant; the same probes estimate what that does to the traces, without a further
 product (`flataudit.solvers.deflation`; left out, TIC was 1 to 2 % too large where hundreds of
@@ -22,22 +21,22 @@ directions were summed).
 Two errors are kept apart: the probes' standard error (`flataudit.solvers.probes`) and the
 quadrature's truncation. A quadrature is too large, by no more than a bound: half of it is taken
 off, and half is the truncation. What those of the known samples are too large by is estimated
-instead, by the same probes: their space may be full before they have converged.
+instead, by the same probes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from flataudit.curvature.problem import Problem
 from flataudit.solvers.base import CurvatureTraces, Penalty, Trace, Work
 from flataudit.solvers.deflation import Deflation
+from flataudit.solvers.known import KnownSamples
 from flataudit.solvers.krylov import BlockLanczos
 from flataudit.solvers.operator import CurvatureOperator, operator_bytes
 from flataudit.solvers.probes import CONFIDENCE, ProbeSums
@@ -97,10 +96,7 @@ class _Run:
         empty = torch.zeros(0, dtype=torch.float64, device=device)
         self.nodes, self.weights = empty.clone(), empty.clone()
         self.energy, self.trace_ggn = empty.new_zeros(()), empty.new_zeros(())
-        size = self.v.square().sum(dim=1)
-        self.leading = size.argsort(descending=True, stable=True)[: min(settings.first, n // 2)]
-        self.known_tic, self.residuals = empty.new_zeros(n), empty.new_zeros(0, len(self.leading))
-        self.excess = empty.new_zeros(2)
+        self.known = KnownSamples(self.v, settings.first)
         self._deflate(Deflation.none(empty.new_zeros(n_rows)))
         self.round = self.settled = 0
         self.notes: list[str] = []
@@ -123,18 +119,16 @@ class _Run:
 
     def _first(self, saved: State | None) -> None:
         """The shared block; its converged Ritz vectors are what later rounds deflate."""
-        m, leading = self.settings.first, len(self.leading)
+        m = self.settings.first
         signs, _, _ = self._starts(m, 0)
-        units = one_hot(self.leading, self.problem.n_samples).T
-        start = torch.cat([signs, self._lifted(units), self.v.reshape(-1, 1)], dim=1)
+        start = torch.cat([signs, self._lifted(self.known.units), self.v.reshape(-1, 1)], dim=1)
         if saved is None and self.operator.tied:
             self.trace_ggn = self.operator.pulled_squares(signs).mean()
         lanczos = self._space(start, saved)
-        known = slice(m, m + leading)
+        known = slice(m, m + len(self.known))
         self._grow(lanczos, slice(0, m), known, settle=self.settings.settle)
         self.settled = 0
-        self.known_tic[self.leading] = lanczos.quadratures()[0][known]
-        self.residuals = lanczos.residuals()[:, known]
+        self.known.take(lanczos.quadratures()[0][known], lanczos.residuals()[:, known])
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
         keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
@@ -157,8 +151,8 @@ class _Run:
         self.exact_soft = rows.view(self.problem.n_samples, -1).sum(dim=1)
         self.exact_soft += self.operator.free.leverage
         # The samples that are known have all of theirs already.
-        self.others = self._down(deflation.vectors).index_fill(0, self.leading, 0.0)
-        self.exact_tic = self.operator.free.tic + self.known_tic + self.others.square() @ f
+        self.others = self.known.without(self._down(deflation.vectors))
+        self.exact_tic = self.operator.free.tic + self.known.tic + self.others.square() @ f
 
     def _further(self, saved: State | None) -> None:
         """Another block of probes in the complement of V."""
@@ -181,7 +175,7 @@ class _Run:
         device = self.problem.device
         z = (2.0 * torch.randint(0, 2, (n * k, a), generator=generator) - 1.0).double().to(device)
         w = (2.0 * torch.randint(0, 2, (n, b), generator=generator) - 1.0).double().to(device)
-        w[self.leading] = 0.0
+        w = self.known.without(w)
         return z, self._lifted(w), w
 
     def _space(self, start: Tensor, saved: State | None) -> BlockLanczos:
@@ -245,8 +239,7 @@ class _Run:
         coupling = self.deflated.beyond(left)
         if a:
             self.deflated.probe(signs, left[:, :a])
-            excess = self.deflated.excess(self.residuals, signs, left[:, :a])
-            self.excess += torch.stack([excess.sum(), excess.square().sum()])
+            self.known.probe(self.deflated, signs, left[:, :a])
             self.soft.add(values[:a], bounds[:a], signs * images[:, :a], coupling[:a])
             self.nodes = torch.cat([self.nodes, ritz.values])
             self.weights = torch.cat([self.weights, weights[:, :a].sum(dim=1)])
@@ -307,25 +300,8 @@ class _Run:
         if sums is self.soft:
             return sums.trace(self.exact_soft, self.deflated.within(), ratio)
         found = sums.trace(self.exact_tic, self.deflated.within(self.others), ratio)
-        return self._less_excess(found)
-
-    def _less_excess(self, tic: Trace) -> Trace:
-        """TIC without what the quadratures of the known samples are too large by, which the probes
-        of the soft rank tell: they are there whenever those of TIC are."""
-        bounds = self.residuals.square().sum(dim=0)
-        bound, m = float(bounds.sum()), float(self.soft.count)
-        if not bound:
-            return tic
-        mean, square = (float(t) / m for t in self.excess)
-        excess, ratio = min(max(mean, 0.0), bound), min(self.deflated.ratio, 0.5)
-        se = self.soft.widening * math.sqrt(max(square - mean**2, 0.0) / (m - 1.0))
-        return replace(
-            tic,
-            value=tic.value - excess,
-            monte_carlo_se=math.hypot(tic.monte_carlo_se, se),
-            truncation=tic.truncation + ratio / (1.0 - ratio) * excess,
-            rough=tic.rough.index_add(0, self.leading, bounds, alpha=-excess / bound),
-        )
+        # By the probes of the soft rank, which are there whenever those of TIC are.
+        return self.known.less_excess(found, self.deflated, self.soft.widening)
 
     def _traces(self) -> CurvatureTraces:
         values = self.deflated.values
@@ -364,12 +340,10 @@ class _Run:
             "weights": self.weights,
             "energy": self.energy,
             "trace_ggn": self.trace_ggn,
-            "known_tic": self.known_tic.clone(),
-            "residuals": self.residuals,
-            "excess": self.excess.clone(),
             "applications": torch.tensor(self.operator.applications),
         }
         state |= {f"deflated.{k}": t for k, t in self.deflated.state().items()}
+        state |= {f"known.{k}": t for k, t in self.known.state().items()}
         for label, sums in (("soft", self.soft), ("tic", self.tic)):
             # Clones: the sums go on in place.
             state |= {f"{label}.{k}": getattr(sums, k).clone() for k in ProbeSums.NAMES}
@@ -381,8 +355,9 @@ class _Run:
             return None
         device = self.problem.device
         self.round, self.settled = int(saved["round"]), int(saved["settled"])
-        for name in ("nodes", "weights", "energy", "trace_ggn", "known_tic", "residuals", "excess"):
+        for name in ("nodes", "weights", "energy", "trace_ggn"):
             setattr(self, name, saved[name].to(device))
+        self.known.restore({k: saved[f"known.{k}"].to(device) for k in KnownSamples.NAMES})
         self._deflate(
             Deflation.restored({k: saved[f"deflated.{k}"].to(device) for k in Deflation.NAMES})
         )

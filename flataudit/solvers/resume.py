@@ -12,7 +12,7 @@ from flataudit.curvature.problem import Problem
 from flataudit.solvers.base import Penalty, Work
 
 State = dict[str, Tensor]
-FORMAT = "4"  # of the saved states: another one never loads an older one
+FORMAT = "5"  # of the saved states: another one never loads an older one
 
 
 class Resume:

@@ -198,7 +198,7 @@ def test_known_samples_in_a_space_that_is_full():
         operator = CurvatureOperator(built.problem, built.penalty)
         run = LanczosRun(solver, built.problem, operator, built.penalty, Work(seed=seed))
         found = run.result().tic
-        bound = float(run.residuals.square().sum())
+        bound = float(run.known.residuals.square().sum())
         assert bound > 0.1 * tic
         assert found.truncation < 0.05 * bound
         stated = 1.96 * found.monte_carlo_se + found.truncation
