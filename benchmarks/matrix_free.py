@@ -256,7 +256,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
     from flataudit.solvers.operator import CurvatureOperator
 
     rows = []
-    for name in ("mlp", "lenet"):
+    for name in ("mlp", "lenet", "transformer"):
         problem = problem_of(name, given.data)
         penalty = constant(problem, 1e-3)
         model, x, y = problem.model, problem.x.parts[0], problem.y
@@ -267,7 +267,7 @@ def products(given: argparse.Namespace) -> list[dict[str, object]]:
                 loss = torch.nn.functional.cross_entropy(model(x[at : at + 100]), y[at : at + 100])
                 loss.backward()
 
-        for m in (1, 8):
+        for m in (1, 8, 80):  # lanczos goes on with some 80
             v = torch.randn(problem.n_rows, m, dtype=torch.float64)
             row: dict[str, object] = {"network": name, "vectors": m}
             reference = None
