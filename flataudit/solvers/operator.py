@@ -100,4 +100,5 @@ def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> i
     n_tied = problem.n_params - free_parameters(problem, penalty)
     vectors = 8 * problem.n_rows * 2 * m + free_bytes(problem, penalty, m)
     together = min(m, VECTORS)
-    return 3 * 8 * together * n_tied + vectors + 3 * working_bytes(together, n_tied)
+    working = working_bytes(together, n_tied, problem.device)
+    return 3 * 8 * together * n_tied + vectors + 3 * working

@@ -24,6 +24,9 @@ from flataudit.inputs import Inputs
 # Fewer share too little, and smaller chunks add up the parameters' gradients too often.
 VECTORS = 16
 WORKING_BYTES = 16 * 2**20
+# A graphics card's allocator keeps what was freed, and an operation has to be large to be worth its
+# start: 16 MB are read in some 5 microseconds, as long as a start takes. Reckoned, not measured.
+DEVICE_BYTES = 512 * 2**20
 
 Tensors = dict[str, Tensor]
 
@@ -227,7 +230,8 @@ class Passes:
     def _push_rows(self, at: slice, tangents: Tensors) -> Tensor:
         """The rows of B_p themselves, a few samples at a time: K' backward passes each."""
         u = torch.cat([tangents[name].flatten(1) for name in self.names], dim=1).to(torch.float64).T
-        step = max(1, WORKING_BYTES // (8 * self.problem.n_columns * self.size))
+        budget = working_bytes(0, self.size, self.problem.device)
+        step = max(1, budget // (8 * self.problem.n_columns * self.size))
         cuts = [slice(a, min(a + step, at.stop)) for a in range(at.start, at.stop, step)]
         return torch.cat([self.problem.rows(cut, self.names) @ u for cut in cuts])
 
@@ -247,7 +251,7 @@ class Passes:
         return torch.einsum("ckj,cjm->mck", root, rows).contiguous()
 
     def _chunks(self, m: int) -> Iterator[slice]:
-        budget = working_bytes(m, self.size)
+        budget = working_bytes(m, self.size, self.problem.device)
         size = self.problem.chunk_size or max(1, budget // (8 * (m + 1) * self._per_sample))
         size, n = max(size, self.problem.repeat), self.problem.n_samples
         start = 0
@@ -260,12 +264,12 @@ class Passes:
             start = stop
 
 
-def working_bytes(m: int, size: int) -> int:
+def working_bytes(m: int, size: int, device: torch.device) -> int:
     """Bytes of the activations of one chunk, for m vectors of `size` parameters.
 
     At least twice what the vectors take: each chunk adds up their gradients.
     """
-    return max(WORKING_BYTES, 2 * 8 * m * size)
+    return max(WORKING_BYTES if device.type == "cpu" else DEVICE_BYTES, 2 * 8 * m * size)
 
 
 def activations_per_sample(problem: Problem) -> int:
