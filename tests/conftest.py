@@ -8,6 +8,7 @@ imported from the repository root, which `pythonpath` in pyproject.toml puts on 
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,9 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "PRE
     os.environ.pop(name, None)
 
 
+DEFAULT_STORE = Path("mlflow.db").absolute()
+
+
 @pytest.fixture(autouse=True)
 def _heard():
     """A command that runs in this process keeps the package's lines from others; tests listen."""
@@ -31,6 +35,14 @@ def _heard():
     before = package.propagate
     yield
     package.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_store():
+    """MLflow, pointed at nothing, makes a database where it stands: in whoever's tree that is."""
+    there = DEFAULT_STORE.exists()
+    yield
+    assert there or not DEFAULT_STORE.exists(), f"{DEFAULT_STORE} was made by this test"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -127,10 +127,10 @@ def test_a_report_of_another_model_is_refused():
 def test_no_audit_at_all(tmp_path):
     from flataudit.store import embedded_store
 
-    with pointed_at(embedded_store(tmp_path / "empty")):
-        assert past_audits() == []
     with pytest.raises(InputError, match="id of an audit run"):
         audits.audit_of_run("0" * 32)
+    with pointed_at(embedded_store(tmp_path / "empty")):
+        assert past_audits() == []
 
 
 def test_a_time_that_is_none_falls_back_on_the_run_s_start():
