@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flataudit.solvers.krylov import BlockLanczos, Ritz
+
 
 class Deflation:
     """V, X, Q and M as above; `inner`: sum of (Q'L P z)(Q'z)' over `count` probes z."""
@@ -35,6 +37,13 @@ class Deflation:
         """No directions, of vectors of length len(like)."""
         empty = like.new_zeros(len(like), 0)
         return cls(empty, like.new_zeros(0), empty, like.new_zeros(0, 0))
+
+    @classmethod
+    def of(cls, lanczos: BlockLanczos, ritz: Ritz, within: float) -> Deflation:
+        """The Ritz vectors of a space with residuals of at most `within` times sqrt(1 + x)."""
+        keep = ritz.residuals <= within * (1.0 + ritz.values).sqrt()
+        vectors = lanczos.basis @ ritz.vectors[:, keep]
+        return cls(vectors, ritz.values[keep], lanczos.following, ritz.outside[:, keep])
 
     @property
     def _weighted(self) -> Tensor:

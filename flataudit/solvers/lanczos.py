@@ -131,15 +131,7 @@ class _Run:
         self.known.take(lanczos.quadratures()[0][known], lanczos.residuals()[:, known])
         ritz = lanczos.ritz()
         self.energy = ((ritz.coefficients[:, -1]).square() * _f(ritz.values)).sum()
-        keep = ritz.residuals <= self.settings.deflation * (1.0 + ritz.values).sqrt()
-        self._deflate(
-            Deflation(
-                lanczos.basis @ ritz.vectors[:, keep],
-                ritz.values[keep],
-                lanczos.following,
-                ritz.outside[:, keep],
-            )
-        )
+        self._deflate(Deflation.of(lanczos, ritz, self.settings.deflation))
         self.round = 1
         self.resume.offer(self._state)
 

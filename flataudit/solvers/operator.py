@@ -12,14 +12,14 @@ solver needs Pi K Pi v alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from flataudit.curvature.problem import Problem
 from flataudit.solvers.free import free_bytes, free_directions, free_parameters
-from flataudit.solvers.passes import VECTORS, Passes, Tensors, working_bytes
+from flataudit.solvers.passes import VECTORS, Passes, Tensors, groups, working_bytes
 
 
 class CurvatureOperator:
@@ -58,19 +58,17 @@ class CurvatureOperator:
         """Pi K Pi v, (N, m)."""
         out = torch.zeros_like(v)
         if self.tied:
-            for part, to in zip(_groups(v), _groups(out), strict=True):
-                pulled = self.pull(self.project(part))
+            for group in groups(v.shape[1]):  # so that no more vectors of parameters are held
+                pulled = self.pull(self.project(v[:, group]))
                 for name, u in pulled.items():
                     u.mul_(self._inverse[name])
-                to.copy_(self.project(self._passes.push(pulled)))
+                out[:, group] = self.project(self._passes.push(pulled))
         return out
 
     def half(self, u: Mapping[str, Tensor]) -> Tensor:
         """Pi B1 D1^-1/2 u for u (m, *shape) by parameter: (N, m)."""
-        m = len(next(iter(u.values())))
         parts = []
-        for first in range(0, m, VECTORS):
-            group = slice(first, first + VECTORS)
+        for group in groups(len(next(iter(u.values())))):
             scaled = {name: t[group] * self._inverse[name].sqrt() for name, t in u.items()}
             parts.append(self._passes.push(scaled))
         return self.project(torch.cat(parts, dim=1))
@@ -83,16 +81,10 @@ class CurvatureOperator:
     def pulled_squares(self, v: Tensor) -> Tensor:
         """|B1'v|^2 for each column of v (N, m): (m,); over random signs, tr(B1'B1) on average."""
         parts = [
-            torch.stack([t.flatten(1).square().sum(dim=1) for t in self.pull(part).values()])
-            for part in _groups(v)
+            torch.stack([t.flatten(1).square().sum(dim=1) for t in self.pull(v[:, group]).values()])
+            for group in groups(v.shape[1])
         ]
         return torch.cat(parts, dim=1).sum(dim=0)
-
-
-def _groups(v: Tensor) -> Sequence[Tensor]:
-    """The columns of v a few at a time, so that no more vectors of parameters are held."""
-    groups: Sequence[Tensor] = v.split(VECTORS, dim=1)
-    return groups
 
 
 def operator_bytes(problem: Problem, penalty: Mapping[str, Tensor], m: int) -> int:

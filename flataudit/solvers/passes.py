@@ -63,11 +63,11 @@ class Passes:
 
     def pull(self, v: Tensor) -> Tensors:
         """B_p'v for v (N, m): by parameter (m, *shape), float64; VJPs summed over chunks."""
-        groups = [self._pull_all(part, self._pull) for part in v.split(VECTORS, dim=1)]
-        if len(groups) == 1:
-            return groups[0]
+        pulled = [self._pull_all(v[:, group], self._pull) for group in groups(v.shape[1])]
+        if len(pulled) == 1:
+            return pulled[0]
         # One parameter after the other, so that no more than one is there twice.
-        return {name: torch.cat([group.pop(name) for group in groups]) for name in list(groups[0])}
+        return {name: torch.cat([part.pop(name) for part in pulled]) for name in list(pulled[0])}
 
     def _pull_all(self, v: Tensor, route: Callable[[Inputs, Tensor], Tensors]) -> Tensors:
         total: Tensors = {}
@@ -84,8 +84,7 @@ class Passes:
         """B_p u for u (m, *shape) by parameter: (N, m) float64; JVPs chunk by chunk."""
         m, k = len(next(iter(u.values()))), self.problem.n_columns
         out = torch.zeros(self.problem.n_rows, m, dtype=torch.float64, device=self.problem.device)
-        for first in range(0, m, VECTORS):
-            group = slice(first, min(first + VECTORS, m))
+        for group in groups(m):
             tangents = {name: u[name][group].to(self._fixed[name].dtype) for name in self.names}
             for at in self._chunks(group.stop - group.start):
                 rows = slice(at.start * k, at.stop * k)
@@ -262,6 +261,11 @@ class Passes:
                 stop = n
             yield slice(start, stop)
             start = stop
+
+
+def groups(m: int) -> list[slice]:
+    """m vectors, VECTORS at a time."""
+    return [slice(first, min(first + VECTORS, m)) for first in range(0, m, VECTORS)]
 
 
 def working_bytes(m: int, size: int, device: torch.device) -> int:

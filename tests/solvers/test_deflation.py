@@ -29,8 +29,9 @@ def deflation(lanczos: BlockLanczos) -> Deflation:
     ritz = lanczos.ritz()
     keep = ritz.residuals <= 0.3 * (1.0 + ritz.values).sqrt()
     assert float(ritz.residuals[keep].max()) > 0.01
-    vectors = lanczos.basis @ ritz.vectors[:, keep]
-    return Deflation(vectors, ritz.values[keep], lanczos.following, ritz.outside[:, keep])
+    found = Deflation.of(lanczos, ritz, 0.3)
+    assert torch.equal(found.values, ritz.values[keep])
+    return found
 
 
 def half_converged(steps: int) -> tuple[torch.Tensor, Deflation]:

@@ -62,14 +62,7 @@ def test_less_what_the_quadratures_are_too_large_by(steps):
     assert torch.equal(known.tic[known.index], values)
     assert float(known.without(known.tic).abs().max()) == 0.0
     exact = float((start * (start - torch.linalg.solve(EYE + k, start))).sum())
-    ritz = lanczos.ritz()
-    keep = ritz.residuals <= 0.3 * (1.0 + ritz.values).sqrt()
-    deflation = Deflation(
-        lanczos.basis @ ritz.vectors[:, keep],
-        ritz.values[keep],
-        lanczos.following,
-        ritz.outside[:, keep],
-    )
+    deflation = Deflation.of(lanczos, lanczos.ritz(), 0.3)
     p = EYE - deflation.vectors @ deflation.vectors.T
     left = torch.linalg.inv(EYE + p @ k @ p) @ p
     for at in range(0, N, 16):  # in several rounds
